@@ -1,0 +1,203 @@
+"""Flags from dataclasses: one frozen dataclass per concern, one line per flag.
+
+    @dataclass(frozen=True, kw_only=True)
+    class OptimizerConfig:
+        '''Optimizer.'''                                  # title of the group in --help
+        lr: float | None = arg(None, "Peak learning rate.")
+        clip_grad: float = arg(1.0, "Global L2 norm limit; 0 disables.")
+        bias: bool = arg(True, "Leave out all biases.", "--disable-bias-linear")
+
+`arg(default, help, *flags)` is `dataclasses.field` with metadata. Without explicit flags the field's name is the flag.
+A bool that defaults to True is switched off by its flag (`--no-NAME` unless flags are given); one that defaults to False
+is switched on. `Literal` gives choices, `tuple[X, ...]` gives a list of values, `X | None` may stay unset. Underscores
+and dashes in option names are the same thing, as users of both Megatron and DeepSpeed spell them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn, TypeVar, Union
+
+from megatron_ds.errors import ConfigError
+
+C = TypeVar("C")
+
+
+def arg(
+    default: Any,
+    help: str,
+    *flags: str,
+    parse: Callable[[str], Any] | None = None,
+    metavar: str | None = None,
+    nargs: str | None = None,
+    const: Any = None,
+) -> Any:
+    """A dataclass field that is also a command-line flag; `flags` replace the name derived from the field.
+
+    The first flag is the one shown in messages, the others are older spellings of the same thing.
+    """
+    metadata = {"help": help, "flags": flags, "parse": parse, "metavar": metavar, "nargs": nargs, "const": const}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One command-line flag, read off a dataclass field."""
+
+    field: str
+    names: tuple[str, ...]
+    default: Any
+    help: str
+    options: Mapping[str, Any]
+    """Keyword arguments for `ArgumentParser.add_argument`."""
+
+
+def flags_of(group: type) -> list[Flag]:
+    """All flags of one dataclass, in order of writing."""
+    hints = typing.get_type_hints(group)
+    fields = [field for field in dataclasses.fields(group) if "help" in field.metadata]
+    return [_flag(field, hints[field.name]) for field in fields]
+
+
+def _flag(field: dataclasses.Field[Any], hint: Any) -> Flag:
+    meta, name = field.metadata, field.name.replace("_", "-")
+    inner = _without_none(hint)
+    options: dict[str, Any]
+    if inner is bool:
+        names = meta["flags"] or ((f"--no-{name}",) if field.default is True else (f"--{name}",))
+        options = {"action": "store_false" if field.default is True else "store_true"}
+    else:
+        names = meta["flags"] or (f"--{name}",)
+        options = {**_value_options(inner, meta["parse"]), "metavar": meta["metavar"]}
+        if meta["nargs"]:
+            options |= {"nargs": meta["nargs"], "const": meta["const"]}
+    return Flag(field.name, tuple(names), field.default, meta["help"], options)
+
+
+def _without_none(hint: Any) -> Any:
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        kept = [a for a in typing.get_args(hint) if a is not type(None)]
+        return kept[0] if len(kept) == 1 else Union[tuple(kept)]  # noqa: UP007
+    return hint
+
+
+def _value_options(hint: Any, parse: Callable[[str], Any] | None) -> dict[str, Any]:
+    if typing.get_origin(hint) is Literal:
+        choices = typing.get_args(hint)
+        kind = type(choices[0])
+        by_lower = {str(c).lower(): c for c in choices}
+        # argparse names the type in its message, so numbers keep theirs.
+        return {"type": (lambda text: by_lower.get(text.lower(), text)) if kind is str else kind, "choices": choices}
+    if typing.get_origin(hint) is tuple:
+        return {"type": parse or typing.get_args(hint)[0], "nargs": "*"}
+    return {"type": parse or hint}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that treats `_` and `-` alike, never abbreviates, and raises ConfigError with the nearest name."""
+
+    def __init__(self, prog: str | None = None, description: str | None = None):
+        super().__init__(
+            prog=prog, description=description, allow_abbrev=False, formatter_class=_HelpFormatter, add_help=True
+        )
+        self.hints: dict[str, str] = {}
+        """Flags that we know of but do not have, and what to say of each."""
+
+    def add_config(self, group: type) -> None:
+        """Add one dataclass as one group of the help page."""
+        title = (group.__doc__ or group.__name__).strip().splitlines()[0].rstrip(".")
+        section = self.add_argument_group(title)
+        for flag in flags_of(group):
+            section.add_argument(
+                *flag.names,
+                dest=f"{group.__name__}.{flag.field}",
+                default=argparse.SUPPRESS,
+                help=_help(flag),
+                **flag.options,
+            )
+
+    def parse_configs(self, groups: Sequence[type[C]], argv: Sequence[str], defaults: Mapping[str, Any]) -> list[C]:
+        """One frozen instance per dataclass. What was typed wins over `defaults`, which win over the fields' own.
+
+        Raises: ConfigError for an unknown flag, a flag without its value, a value of the wrong kind
+        """
+        self._reject_unknown_defaults(groups, defaults)
+        namespace, unknown = self.parse_known_args(self._normalise(argv))
+        if unknown:
+            raise self._unknown(unknown[0])
+        typed = vars(namespace)
+        result = []
+        for group in groups:
+            prefix = f"{group.__name__}."
+            values = {flag.field: defaults[flag.field] for flag in flags_of(group) if flag.field in defaults}
+            values |= {key[len(prefix) :]: value for key, value in typed.items() if key.startswith(prefix)}
+            values = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+            result.append(group(**values))
+        return result
+
+    def _reject_unknown_defaults(self, groups: Sequence[type], defaults: Mapping[str, Any]) -> None:
+        fields = {flag.field for group in groups for flag in flags_of(group)}
+        for name in defaults:
+            if name not in fields:
+                raise ConfigError(f"args_defaults[{name!r}]", found=name, expected="the name of a config field")
+
+    def _normalise(self, argv: Sequence[str]) -> list[str]:
+        """`--deepspeed_config=x` -> `--deepspeed-config=x`; values are left alone."""
+        by_dashes = {name.replace("_", "-"): name for name in self._option_string_actions}
+        out = []
+        for word in argv:
+            name, equals, value = word.partition("=")
+            if name.startswith("--") and name not in self._option_string_actions:
+                name = by_dashes.get(name.replace("_", "-"), name)
+            out.append(name + equals + value)
+        return out
+
+    def _unknown(self, word: str) -> ConfigError:
+        name = word.split("=")[0].replace("_", "-")
+        if name in self.hints:
+            return ConfigError(name, found="a flag that this version does not have", fix=self.hints[name])
+        if not name.startswith("-"):
+            return ConfigError(
+                f"argument {word!r}", found="a value that no flag takes", expected="--flag value pairs only"
+            )
+        near = difflib.get_close_matches(name, self._option_string_actions, n=3, cutoff=0.6)
+        fix = f"did you mean {' or '.join(near)}?" if near else "see --help for every flag"
+        return ConfigError(name, found="a flag that nobody reads", expected="a flag listed by --help", fix=fix)
+
+    def error(self, message: str) -> NoReturn:
+        subject, _, rest = message.partition(": ")
+        if subject.startswith("argument ") and rest:
+            raise ConfigError(subject.removeprefix("argument ").split("/")[0], found=rest, fix="see --help")
+        raise ConfigError("command line", found=message, fix="see --help")
+
+    def print_help(self, file: Any = None) -> None:
+        super().print_help(file or sys.stdout)
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=34, width=110)
+
+    def _format_usage(self, usage: Any, actions: Iterable[Any], groups: Any, prefix: Any) -> str:
+        return f"usage: {self._prog} [flags]     (torchrun --nproc-per-node N {self._prog} [flags] for N ranks)\n\n"
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        names = ", ".join(action.option_strings)
+        if action.nargs == 0:
+            return names
+        value = action.metavar or ("{" + ",".join(map(str, action.choices)) + "}" if action.choices else "X")
+        return f"{names} {value}{' ...' if action.nargs == '*' else ''}"
+
+
+def _help(flag: Flag) -> str:
+    shown = "" if isinstance(flag.default, bool) or flag.default in (None, ()) else f" Default: {flag.default}."
+    return (flag.help + shown).replace("%", "%%")

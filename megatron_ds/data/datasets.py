@@ -1,0 +1,226 @@
+"""From the data flags to the training, validation and test set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_ds import log
+from megatron_ds.data.blend import (
+    Blend,
+    BlendedDataset,
+    TokenDataset,
+    build_blend_index,
+    normalize,
+    parse_blend,
+    shares,
+    source_sizes,
+)
+from megatron_ds.data.config import DataConfig
+from megatron_ds.data.gpt import GPTDataset, MockGPTDataset
+from megatron_ds.data.index_cache import IndexCache
+from megatron_ds.data.index_map import IndexMap, build_index_map
+from megatron_ds.data.indexed import IndexedDataset, raise_open_file_limit
+from megatron_ds.data.splits import Range, split_ranges
+from megatron_ds.data.vocabulary import check_vocabulary
+from megatron_ds.errors import ConfigError, DataError
+
+PARTS = ("training", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """The three sets; None where no sample was asked for, or where --split gives the part a share of 0."""
+
+    train: TokenDataset | None
+    valid: TokenDataset | None
+    test: TokenDataset | None
+
+
+def build_gpt_datasets(
+    config: DataConfig,
+    *,
+    num_samples: tuple[int, int, int],
+    seq_length: int,
+    seed: int,
+    vocab_size: int,
+    tokenizer_fingerprint: str | None = None,
+) -> Datasets:
+    """The sets that the data flags describe, each with at least the samples asked for. Every process may call it.
+
+    Comm:   none; processes share built indices through the cache folder
+    Raises: ConfigError, DataError
+    """
+    if config.mock_data:
+        return Datasets(
+            *(MockGPTDataset(n, seq_length, vocab_size, seed + i) if n else None for i, n in enumerate(num_samples))
+        )
+    raise_open_file_limit()
+    sources = _Sources(config, seq_length, seed, vocab_size, tokenizer_fingerprint)
+    blends = _blends(config)
+    built = [
+        sources.part(part, blends[part], num_samples[part]) if num_samples[part] else None for part in range(len(PARTS))
+    ]
+    return Datasets(*built)
+
+
+def _blends(config: DataConfig) -> list[Blend | None]:
+    """What training, validation and test read; None where nothing is given.
+
+    Raises: ConfigError unless the data come from --data-path or from the three flags
+    """
+    separate = {
+        "--train-data-path": config.train_data_path,
+        "--valid-data-path": config.valid_data_path,
+        "--test-data-path": config.test_data_path,
+    }
+    if config.data_path and any(separate.values()):
+        given = [flag for flag, words in separate.items() if words]
+        raise ConfigError(
+            "--data-path", found=f"also {', '.join(given)}", expected="one or the other", fix="drop --data-path"
+        )
+    if config.data_path:
+        return [parse_blend(config.data_path, "--data-path")] * len(PARTS)
+    if not any(separate.values()):
+        raise ConfigError(
+            "--data-path", found="nothing", expected="a dataset", fix="give --data-path PREFIX, or --mock-data"
+        )
+    return [parse_blend(words, flag) if words else None for flag, words in separate.items()]
+
+
+class _Sources:
+    """The opened datasets of one run, and what it takes to cut samples from them."""
+
+    def __init__(self, config: DataConfig, seq_length: int, seed: int, vocab_size: int, fingerprint: str | None):
+        self.config, self.seq_length, self.seed = config, seq_length, seed
+        self.vocab_size, self.fingerprint = vocab_size, fingerprint
+        self.opened: dict[str, IndexedDataset] = {}
+        self.caches: dict[Path, IndexCache] = {}
+
+    def part(self, part: int, blend: Blend | None, samples: int) -> TokenDataset | None:
+        """One of the three sets."""
+        if blend is None:
+            log.info(f"no data for {PARTS[part]}: it is left out")
+            return None
+        ranges = [self.range(prefix, part) for prefix in blend.prefixes]
+        if part and all(found is None for found in ranges):
+            log.info(f"--split {self.config.split!r} has no share for {PARTS[part]}: it is left out")
+            return None
+        single = len(blend.prefixes) == 1 and (blend.weights is None or not self.config.data_path)
+        if single:
+            dataset = self.source(part, blend.prefixes[0], ranges[0], samples)
+            self.report(part, [dataset], [1.0], [samples])
+            return dataset
+        if blend.weights is None:
+            return self.by_length(part, blend, ranges, samples)
+        return self.weighted(part, blend, ranges, samples)
+
+    def weighted(self, part: int, blend: Blend, ranges: list[Range | None], samples: int) -> TokenDataset:
+        """A blend by given weights; sources repeat as often as that takes."""
+        assert blend.weights is not None
+        weights = normalize(blend.weights)
+        size = sum(shares(weights, samples))
+        # Megatron-Core normalises a second time, which may change the last bit and with it a tie.
+        greedy = normalize(weights)
+        cache = self.cache(blend.prefixes[0])
+        key = {"weights": greedy.tolist(), "size": size}
+        index = cache.get("blend", key, lambda: build_blend_index(greedy, size))
+        taken = np.bincount(index["source"], minlength=len(weights)).tolist()
+        sizes = source_sizes(weights, samples, taken)
+        datasets = [
+            self.source(part, prefix, found, n) if n else None
+            for prefix, found, n in zip(blend.prefixes, ranges, sizes, strict=True)
+        ]
+        self.report(part, datasets, weights.tolist(), taken)
+        return BlendedDataset(datasets, index)
+
+    def by_length(self, part: int, blend: Blend, ranges: list[Range | None], samples: int) -> TokenDataset:
+        """A blend of one epoch of each source, each by its length."""
+        pairs = zip(blend.prefixes, ranges, strict=True)
+        datasets = [self.source(part, prefix, found, None) for prefix, found in pairs]
+        lengths = [len(dataset) for dataset in datasets]
+        if sum(lengths) < (samples if self.config.dataloader_type == "single" else 1):
+            raise DataError(
+                f"{PARTS[part]} data",
+                found=f"{sum(lengths)} samples in one epoch of {len(lengths)} datasets",
+                expected=f"{samples} samples",
+                fix="give weights (w1 PREFIX1 w2 PREFIX2 ...), then datasets repeat, or --dataloader-type cyclic",
+            )
+        size, weights = min(samples, sum(lengths)), normalize(lengths)
+        key = {"weights": weights.tolist(), "size": size}
+        index = self.cache(blend.prefixes[0]).get("blend", key, lambda: build_blend_index(weights, size))
+        self.report(part, datasets, weights.tolist(), lengths)
+        return BlendedDataset(datasets, index)
+
+    def open(self, prefix: str) -> IndexedDataset:
+        """The dataset of a prefix, opened and checked once."""
+        if prefix not in self.opened:
+            data = IndexedDataset(prefix, mmap_bin=self.config.mmap_bin_files)
+            check_vocabulary(data, self.vocab_size, self.fingerprint, self.cache(prefix))
+            self.opened[prefix] = data
+        return self.opened[prefix]
+
+    def cache(self, prefix: str) -> IndexCache:
+        """The cache folder for what is built from a dataset."""
+        given = self.config.data_cache_path
+        folder = Path(given) if given else Path(prefix).resolve().parent / "cache" / "GPTDataset_indices"
+        return self.caches.setdefault(folder, IndexCache(folder))
+
+    def range(self, prefix: str, part: int) -> Range | None:
+        """The documents of a dataset that belong to this part."""
+        sequences = len(self.open(prefix))
+        return split_ranges(self.config.split, sequences)[part] if self.config.data_path else (0, sequences)
+
+    def source(self, part: int, prefix: str, found: Range | None, samples: int | None) -> GPTDataset:
+        """Samples of one part of one dataset, one epoch where their number is not given.
+
+        Raises: DataError if that part is empty: no number of epochs would fill it
+        """
+        data = self.open(prefix)
+        begin, end = found or (0, 0)
+        if not int(data.lengths[begin:end].sum(dtype="int64")):
+            raise self.empty(part, data, samples)
+        key = {
+            "data": data.fingerprint,
+            "range": [begin, end],
+            "samples": samples,
+            "seq_length": self.seq_length,
+            "seed": self.seed,
+        }
+
+        arrays = self.cache(prefix).get(
+            "gpt", key, lambda: vars(build_index_map(data.lengths, begin, end, self.seq_length, samples, self.seed))
+        )
+        return GPTDataset(data, IndexMap(**arrays), self.seq_length, self.vocab_size)
+
+    def empty(self, part: int, data: IndexedDataset, samples: int | None) -> DataError:
+        """What to say of a part that no number of epochs would fill."""
+        sequences, name = len(data), PARTS[part]
+        if self.config.data_path:
+            ends = [found[1] - found[0] if found else 0 for found in split_ranges(self.config.split, sequences)]
+            subject = f"--split {self.config.split!r} of {data.prefix}"
+            sizes = ", ".join(f"{PARTS[i]} {n}" for i, n in enumerate(ends)) + f" of {sequences} documents"
+        else:
+            subject, sizes = data.prefix, f"{sequences} documents, {data.tokens} tokens"
+        way_out = (
+            "use more documents" if part == 0 else "use more documents, a share of 0 to leave it out, or --eval-iters 0"
+        )
+        return DataError(
+            subject,
+            found=f"no tokens for {name} ({sizes})",
+            expected=f"some, for {'one epoch' if samples is None else f'{samples} samples'} of {name}",
+            fix=f"give {name} a larger share, {way_out}",
+        )
+
+    def report(self, part: int, datasets: Sequence[GPTDataset | None], weights: list[float], taken: list[int]) -> None:
+        """One line per source: what it gives to this part."""
+        log.info(f" > {PARTS[part]}: {sum(taken)} samples of {self.seq_length} tokens")
+        for dataset, weight, samples in zip(datasets, weights, taken, strict=True):
+            if dataset is not None:
+                begin, end = int(dataset.index.documents.min()), int(dataset.index.documents.max()) + 1
+                tokens = int(dataset.data.lengths[begin:end].sum(dtype="int64"))
+                epochs = samples * self.seq_length / tokens
+                log.info(f"     {weight:6.1%}  {epochs:8.3f} epochs of {tokens} tokens  {dataset.data.prefix}")

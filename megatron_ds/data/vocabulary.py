@@ -1,0 +1,61 @@
+"""Do the ids in a dataset fit the tokenizer of this run? Found out before step 1, not by a device-side assert."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megatron_ds import log
+from megatron_ds.data.index_cache import IndexCache
+from megatron_ds.data.indexed import IndexedDataset, bin_path
+from megatron_ds.data.sidecar import Sidecar, read_sidecar, sidecar_path
+from megatron_ds.errors import DataError
+
+_MAX_SCAN_BYTES = 4 << 30
+"""A larger .bin without a sidecar is not read through at start; its samples are checked as they are read."""
+
+
+def check_vocabulary(data: IndexedDataset, vocab_size: int, fingerprint: str | None, cache: IndexCache) -> None:
+    """Compare a dataset with the tokenizer, by its sidecar or else by its tokens.
+
+    Raises: DataError for an id that is not in [0, vocab_size)
+    """
+    sidecar = read_sidecar(data.prefix)
+    if sidecar is not None and (sidecar.sequences, sidecar.tokens) != (len(data), data.tokens):
+        log.warn(f"{sidecar_path(data.prefix)} was written for another dataset: not believed")
+        sidecar = None
+    if sidecar is not None:
+        _compare_fingerprint(sidecar, data, fingerprint)
+        fits = sidecar.max_token_id < vocab_size
+    elif _cannot_exceed(data, vocab_size) or data.bin_bytes > _MAX_SCAN_BYTES:
+        fits = True
+    else:
+        key = {"data": data.fingerprint, "mtime_ns": bin_path(data.prefix).stat().st_mtime_ns}
+        low, high = cache.get("id_range", key, lambda: {"range": np.array(data.id_range(), np.int64)})["range"]
+        fits = bool(low >= 0 and high < vocab_size)
+    if not fits:
+        found = data.first_id_outside(vocab_size)
+        sequence, token = found if found is not None else (0, sidecar.max_token_id if sidecar else -1)
+        raise token_error(data, sequence, token, vocab_size)
+
+
+def token_error(data: IndexedDataset, sequence: int, token: int, vocab_size: int) -> DataError:
+    """What to say of an id that the model has no embedding for."""
+    return DataError(
+        str(bin_path(data.prefix)),
+        found=f"token id {token} in document {data.document_of(sequence)}",
+        expected=f"ids from 0 to {vocab_size - 1} (vocabulary of {vocab_size})",
+        fix="give the tokenizer flags that the data were preprocessed with, or preprocess them again",
+    )
+
+
+def _compare_fingerprint(sidecar: Sidecar, data: IndexedDataset, fingerprint: str | None) -> None:
+    if fingerprint is not None and fingerprint != sidecar.tokenizer_fingerprint:
+        log.warn(
+            f"{data.prefix} was written by another tokenizer ({sidecar.tokenizer_type}, vocabulary of "
+            f"{sidecar.vocab_size}) than this run's: its ids mean other text"
+        )
+
+
+def _cannot_exceed(data: IndexedDataset, vocab_size: int) -> bool:
+    kind = np.iinfo(data.dtype)
+    return kind.min >= 0 and kind.max < vocab_size

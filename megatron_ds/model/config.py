@@ -1,0 +1,80 @@
+"""Flags of the transformer, under Megatron's names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_ds.cli import arg
+
+
+def _position_type(text: str) -> str:
+    return {"absolute": "learned_absolute", "rotary": "rope"}.get(text.lower(), text.lower())
+
+
+def _norm_type(text: str) -> str:
+    return {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}.get(text.lower(), text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """Model: shape, variants, dropout, initial weights."""
+
+    num_layers: int | None = arg(None, "Transformer layers.")
+    hidden_size: int | None = arg(None, "Width of the residual stream (h).")
+    ffn_hidden_size: int | None = arg(None, "Width of the MLP (f). Default: 4h; with --swiglu 8h/3 in whole 64s.")
+    num_attention_heads: int | None = arg(None, "Query heads (a).")
+    kv_channels: int | None = arg(None, "Size of a head (d). Default: h/a.")
+    group_query_attention: bool = arg(False, "Share key/value heads between query heads; see --num-query-groups.")
+    num_query_groups: int = arg(1, "Key/value heads with --group-query-attention.")
+    num_key_value_heads: int | None = arg(None, "Key/value heads, Megatron-DeepSpeed's spelling. Default: a.")
+    max_position_embeddings: int | None = arg(None, "Rows of the learned position table. Default: --seq-length.")
+    position_embedding_type: str = arg(
+        "learned_absolute", "learned_absolute or rope (also: absolute, rotary).", parse=_position_type
+    )
+    use_rotary_position_embeddings: bool = arg(False, "The same as --position-embedding-type rope.")
+    rotary_percent: float = arg(1.0, "Share of each head's features that rope turns.")
+    rotary_base: float = arg(10000.0, "Base of rope's wavelengths.", "--rotary-base", "--rotary-position-embeddings-theta")
+    normalization: str = arg("LayerNorm", "LayerNorm or RMSNorm.", parse=_norm_type)
+    norm_epsilon: float = arg(1e-5, "Epsilon of the norms.", "--norm-epsilon", "--layernorm-epsilon")
+    swiglu: bool = arg(False, "Gated MLP silu(gate) * up instead of GELU.")
+    add_bias_linear: bool = arg(True, "No biases in linear layers.", "--disable-bias-linear")
+    add_qkv_bias: bool = arg(False, "A bias on queries, keys and values even with --disable-bias-linear.")
+    untie_embeddings_and_output_weights: bool = arg(False, "Give the output layer a matrix of its own.")
+    attention_dropout: float = arg(0.1, "Dropout of attention probabilities.")
+    hidden_dropout: float = arg(0.1, "Dropout of embeddings and of every residual branch.")
+    init_method_std: float = arg(0.02, "Standard deviation of initial weights; output projections get it / sqrt(2L).")
+    attention_backend: Literal["auto", "flash", "fused", "unfused", "local"] = arg(
+        "auto", "torch's scaled_dot_product_attention chooses; the names are accepted and have no other effect."
+    )
+
+    @property
+    def head_size(self) -> int:
+        """d"""
+        assert self.hidden_size and self.num_attention_heads
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads; as many as query heads unless grouped."""
+        if self.group_query_attention:
+            return self.num_query_groups
+        return self.num_key_value_heads or self.num_attention_heads or 1
+
+    @property
+    def ffn_size(self) -> int:
+        """f"""
+        assert self.hidden_size is not None
+        if self.ffn_hidden_size:
+            return self.ffn_hidden_size
+        return int(4 * self.hidden_size * 2 / 3 / 64) * 64 if self.swiglu else 4 * self.hidden_size
+
+    @property
+    def uses_rope(self) -> bool:
+        """True for rotary positions."""
+        return self.use_rotary_position_embeddings or self.position_embedding_type == "rope"
+
+    @property
+    def rotated(self) -> int:
+        """Features of a head that rope turns."""
+        return int(self.head_size * self.rotary_percent)

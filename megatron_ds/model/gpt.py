@@ -1,0 +1,125 @@
+"""GPT: one pipeline chunk of it, with the parameter table that everyone else reads."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import nn
+
+from megatron_ds.kernels.rope import rope_table
+from megatron_ds.kernels.table import Kernels
+from megatron_ds.model.config import TransformerConfig
+from megatron_ds.model.embedding import GPTEmbedding, OutputLayer, TiedHead, Vocab
+from megatron_ds.model.layer import Norm, TransformerLayer
+from megatron_ds.model.loss import vocab_parallel_cross_entropy
+from megatron_ds.parallel.context import Axis
+from megatron_ds.parallel.rng import DropoutStreams
+from megatron_ds.parallel.spec import Init, ParamSpec
+
+
+class Stage(NamedTuple):
+    """Which part of the stack a chunk holds: layers [start, stop), and whether the two ends of the model are here."""
+
+    start: int
+    stop: int
+    is_first: bool
+    is_last: bool
+
+
+class HasSpecs(Protocol):
+    """A module with parameters of its own."""
+
+    def specs(self) -> list[ParamSpec]:
+        """Rows of the parameter table, under local names."""
+
+
+class GPTModel(nn.Module):
+    """The layers of one stage; on the first the embeddings, on the last final norm, head and loss.
+
+    Parameter names are global: layers are numbered over the whole model, and a tied head bears the embedding's name.
+    Shapes: tokens, labels, positions [b, s]; upstream [s, b, h] -> [s, b, h], on the last stage losses [s, b] or,
+    without labels, logits [s, b, v/tp]
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        vocab: Vocab,
+        stage: Stage,
+        *,
+        tp: Axis,
+        kernels: Kernels | None = None,
+        streams: DropoutStreams | None = None,
+        max_positions: int,
+        **factory: Any,
+    ):
+        super().__init__()
+        assert config.hidden_size
+        self.config, self.vocab, self.stage, self.tp = config, vocab, stage, tp
+        self.tied = not config.untie_embeddings_and_output_weights
+        shared = {"tp": tp, "kernels": kernels or Kernels(), "streams": streams or DropoutStreams(0, tp.rank), **factory}
+        table = {"init": Init("normal", config.init_method_std), "tp": tp, **factory}
+        if stage.is_first:
+            self.embedding: nn.Module = GPTEmbedding(
+                vocab, config.hidden_size, None if config.uses_rope else max_positions,
+                dropout=config.hidden_dropout, streams=shared["streams"], **table,
+            )  # fmt: skip
+        elif stage.is_last and self.tied:
+            self.embedding = TiedHead(vocab, config.hidden_size, **table)
+        layers = range(stage.start, stage.stop)
+        self.layers = nn.ModuleDict({str(i): TransformerLayer(config, i, **shared) for i in layers})
+        if stage.is_last:
+            self.final_layernorm = Norm(config, shared["kernels"], **factory)
+            if not self.tied:
+                self.output_layer = OutputLayer(vocab, config.hidden_size, **table)
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        upstream: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run this chunk."""
+        x = self.embedding(tokens.t(), positions.t()) if upstream is None else upstream
+        rope = None
+        if self.config.uses_rope:
+            rope = rope_table(positions.t(), self.config.rotated, self.config.rotary_base, x.dtype)
+        for layer in self.layers.values():
+            x = layer(x, rope)
+        if not self.stage.is_last:
+            return x
+        x = self.final_layernorm(x)
+        logits = self.embedding.word_embeddings.project(x) if self.tied else self.output_layer(x)  # type: ignore
+        return logits if labels is None else vocab_parallel_cross_entropy(logits, labels.t(), self.vocab, self.tp)
+
+    def table(self) -> dict[str, ParamSpec]:
+        """The parameter table of this chunk, by global name."""
+        rows = {}
+        for prefix, module in self.named_modules():
+            if hasattr(module, "specs"):
+                for row in module.specs():
+                    rows[f"{prefix}.{row.name}"] = dataclasses.replace(row, name=f"{prefix}.{row.name}")
+        shared = "embedding.word_embeddings.weight"
+        if self.tied and shared in rows and not (self.stage.is_first and self.stage.is_last):
+            rows[shared] = dataclasses.replace(
+                rows[shared], partial_over=("embedding",), owned_by_first_stage=not self.stage.is_first
+            )
+        assert rows.keys() == dict(self.named_parameters()).keys()
+        return rows
+
+    def flops_per_token(self, seq_length: int) -> int:
+        """Forward FLOPs per token of this chunk, all tensor-parallel ranks together; matrix products only."""
+        return sum(self._flops(seq_length))
+
+    def _flops(self, seq_length: int) -> Iterator[int]:
+        for name, module in self.named_modules():
+            if name.endswith("word_embeddings"):
+                yield module.flops_per_token() if self.tied and self.stage.is_last else 0
+            elif hasattr(module, "flops_per_token") and module is not self:
+                yield module.flops_per_token()
+            if hasattr(module, "attention_flops"):
+                yield module.attention_flops(seq_length)

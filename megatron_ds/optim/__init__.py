@@ -1,0 +1,1 @@
+"""One step of ZeRO: buckets, gradient norm, AdamW on shards, learning rates."""

@@ -1,0 +1,174 @@
+"""One step of ZeRO-0 or ZeRO-1: norm -> clip -> AdamW on this rank's shard -> cast -> gather.
+
+The optimizer sees *segments*: the part of one parameter that lies in this rank's shard of a bucket. ZeRO-0 is the case
+in which every rank's shard is the whole bucket. Decay, norm and checkpoint all go by segment, so that nobody needs to
+know where a shard was cut.
+
+Source: Rajbhandari et al. 2020, arXiv:1910.02054; Loshchilov and Hutter 2019, arXiv:1711.05101
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from megatron_ds.optim.buckets import Bucket, Buckets
+from megatron_ds.optim.config import OptimizerConfig
+from megatron_ds.parallel.context import Axis
+from megatron_ds.parallel.spec import ParamSpec, Piece
+
+
+@dataclass
+class Segment:
+    """Elements [start, start + n) of one flattened local parameter, in fp32, with their gradient and moments.
+
+    Shapes: all tensors [n]
+    """
+
+    spec: ParamSpec
+    start: int
+    master: torch.Tensor
+    grad: torch.Tensor
+    exp_avg: torch.Tensor
+    exp_avg_sq: torch.Tensor
+
+
+class ZeroOptimizer:
+    """AdamW over the shards of one rank."""
+
+    def __init__(self, buckets: Buckets, config: OptimizerConfig, *, tp: Axis, dp: Axis):
+        self.buckets, self.config, self.tp, self.dp = buckets, config, tp, dp
+        self.device = next(iter(buckets)).params.device
+        self.masters = {id(bucket): _master(bucket) for bucket in buckets}
+        self.segments = [segment for bucket in buckets for segment in self._cut(bucket)]
+        decayed = [s.master for s in self.segments if s.spec.decay]
+        plain = [s.master for s in self.segments if not s.spec.decay]
+        groups = [{"params": params, "decayed": params is decayed} for params in (decayed, plain) if params]
+        betas = (config.adam_beta1, config.adam_beta2)
+        # A rank whose shards are all padding has nothing to update.
+        self.adamw = torch.optim.AdamW(groups, betas=betas, eps=config.adam_eps, fused=True) if groups else None
+        self.set_steps(0)
+
+    def _cut(self, bucket: Bucket) -> Iterator[Segment]:
+        master = self.masters[id(bucket)]
+        for spec in bucket.specs:
+            begin = bucket.offsets[spec.name]
+            end = begin + torch.Size(spec.local_shape(self.tp.size)).numel()
+            low, high = max(begin, bucket.start), min(end, bucket.stop)
+            if low < high:
+                values = master[low - bucket.start : high - bucket.start].detach()
+                values.grad = bucket.grads[low:high]
+                yield Segment(
+                    spec, low - begin, values, values.grad, torch.zeros_like(values), torch.zeros_like(values)
+                )
+
+    def set_steps(self, steps: int) -> None:
+        """Give AdamW its moments and the number of updates that made them (bias correction)."""
+        for segment in self.segments if self.adamw else ():
+            assert self.adamw is not None
+            self.adamw.state[segment.master] = {
+                "step": torch.tensor(float(steps), device=segment.master.device),
+                "exp_avg": segment.exp_avg,
+                "exp_avg_sq": segment.exp_avg_sq,
+            }
+
+    def set_values(self, name: str, values: torch.Tensor) -> None:
+        """Write one parameter's fp32 values into the model and the masters.
+
+        Shapes: values = the local shape of the parameter
+        """
+        self.buckets.view(name, tuple(values.shape), grads=False).copy_(values)
+        for segment in self.segments:
+            if segment.spec.name == name:
+                n = segment.master.numel()
+                segment.master.copy_(values.reshape(-1)[segment.start : segment.start + n])
+
+    @torch.no_grad()
+    def masters_from_params(self) -> None:
+        """Take the model's parameters as they are for the truth."""
+        for bucket in self.buckets:
+            self.masters[id(bucket)].copy_(bucket.params[bucket.start : bucket.stop])
+
+    def squared_norm(self) -> torch.Tensor:
+        """This rank's share of the squared gradient norm; over all ranks every element is counted once.
+
+        Shapes: -> scalar, fp64
+        """
+        return self._squared_norm([segment.grad for segment in self._counted()])
+
+    def params_squared_norm(self) -> torch.Tensor:
+        """The same of the parameters.
+
+        Shapes: -> scalar, fp64
+        """
+        return self._squared_norm([segment.master for segment in self._counted()])
+
+    def num_zeros(self) -> torch.Tensor:
+        """This rank's share of the gradient elements that are exactly zero.
+
+        Shapes: -> scalar, fp64
+        """
+        zeros = [(segment.grad == 0).sum() for segment in self._counted()]
+        return torch.stack(zeros).sum().double() if zeros else self._nothing()
+
+    def _squared_norm(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack(torch._foreach_norm(tensors)).double().square().sum() if tensors else self._nothing()
+
+    def _nothing(self) -> torch.Tensor:
+        return torch.zeros((), dtype=torch.float64, device=self.device)
+
+    def _counted(self) -> list[Segment]:
+        return [segment for segment in self.segments if self._counts(segment.spec)]
+
+    def _counts(self, spec: ParamSpec) -> bool:
+        replica = (spec.split is None and not self.tp.is_first) or spec.owned_by_first_stage
+        return not replica and (self.buckets.sharded or self.dp.is_first)
+
+    def apply(self, *, lr: float, weight_decay: float, scale: float) -> None:
+        """Multiply the gradients by `scale` (normalisation and clipping), update, and spread the new parameters.
+
+        Comm:   ZeRO-1 all-gather of the parameters over dp
+        """
+        if self.adamw is not None:
+            if scale != 1.0:
+                torch._foreach_mul_([segment.grad for segment in self.segments], scale)
+            for group in self.adamw.param_groups:
+                group["lr"], group["weight_decay"] = lr, weight_decay if group["decayed"] else 0.0
+            self.adamw.step()
+        self.publish()
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Cast the masters to the model's precision and collect the other ranks' shards."""
+        for bucket in self.buckets:
+            shard = bucket.params[bucket.start : bucket.stop]
+            master = self.masters[id(bucket)]
+            if master.data_ptr() != shard.data_ptr():
+                shard.copy_(master)
+        self.buckets.gather_params()
+
+    def pieces(self) -> Iterator[Piece]:
+        """Masters (where the model is not fp32 itself) and moments, for saving and loading."""
+        for segment in self.segments:
+            kinds = {"exp_avg": segment.exp_avg, "exp_avg_sq": segment.exp_avg_sq}
+            if not self.model_is_master(segment.spec.name):
+                kinds["master"] = segment.master
+            for kind, values in kinds.items():
+                name = f"optimizer/{segment.spec.name}/{kind}"
+                yield from segment.spec.flat_pieces(values, segment.start, self.tp.rank, self.tp.size, name)
+
+    def model_is_master(self, name: str) -> bool:
+        """True where the parameter itself is kept in fp32."""
+        return self.buckets.of[name].params.dtype == torch.float32
+
+    def saves(self, spec: ParamSpec) -> bool:
+        """True on the one rank that writes a replicated optimizer state."""
+        return self._counts(spec)
+
+
+def _master(bucket: Bucket) -> torch.Tensor:
+    """fp32 values of this rank's shard: the parameters themselves when they are fp32."""
+    shard = bucket.params[bucket.start : bucket.stop]
+    return shard if shard.dtype == torch.float32 else shard.float()

@@ -1,0 +1,32 @@
+"""Named random streams for dropout: each mask is a function of (seed, sample, layer, site), not of what ran before.
+
+torch's default generator is the one honest global of this package, and it is reseeded here only. Nothing about it has
+to be saved: a resumed run, a recomputed layer and another pipeline or data-parallel layout draw the same masks. Only
+masks over attention heads depend on the layout: each tensor-parallel rank draws those of its own heads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+import torch
+
+
+def stream_seed(*names: object) -> int:
+    """A 63-bit seed for a stream, the same on every machine and Python version."""
+    digest = hashlib.blake2b(":".join(map(str, names)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@dataclass
+class DropoutStreams:
+    """Seeds the generator before each dropout. `sample` is the global row number of the micro-batch's first sample."""
+
+    seed: int
+    tp_rank: int
+    sample: int = field(default=0)
+
+    def enter(self, layer: int, site: str, per_head: bool = False) -> None:
+        """Begin the stream of one dropout; `per_head` where tensor-parallel ranks hold different elements."""
+        torch.manual_seed(stream_seed(self.seed, self.sample, layer, site, self.tp_rank if per_head else "all"))

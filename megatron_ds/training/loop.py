@@ -1,0 +1,153 @@
+"""The loop: step, then log, validate, save, leave."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from megatron_ds import log
+from megatron_ds.optim.lr import LRSchedule
+from megatron_ds.parallel.collectives import all_reduce, gather_bytes
+from megatron_ds.timers import Timers, longest, timer_block
+from megatron_ds.training.engine import Engine
+from megatron_ds.training.metrics import Metrics, Position, StepRecord
+from megatron_ds.training.progress import Progress
+from megatron_ds.training.resume import save_checkpoint
+from megatron_ds.training.step import StepResult, evaluate, train_step
+
+Batches = Callable[[Progress], Iterator[Any]]
+"""Batches of a dataset from where a run stands."""
+
+
+@dataclass
+class Loop:
+    """A run from where it stands to where it stops; `stop` says whether this process was told to."""
+
+    engine: Engine
+    schedule: LRSchedule
+    metrics: Metrics
+    timers: Timers
+    progress: Progress
+    flops_per_token: int
+    train_batches: Batches
+    valid_batches: Batches | None
+    stop: Callable[[], bool]
+    begun: float
+    saved_at: int | None = None
+
+    def train(self) -> bool:
+        """Train until the iterations are done or a reason to leave comes; True if told to stop."""
+        training, plan = self.engine.run.config.training, self.engine.run.plan
+        if training.manual_gc:
+            gc.disable()
+        self.saved_at = self.progress.iteration
+        stopped = self._agreed_to_stop()
+        batches = self.train_batches(self.progress)
+        while self.progress.iteration < plan.train_iters and not stopped:
+            begun = time.perf_counter()
+            result = train_step(
+                self.engine, self.schedule, self.progress, batches, self.timers,
+                stop=self.stop(), out_of_time=self._out_of_time(),
+            )  # fmt: skip
+            self.progress = self.progress.after_step(plan.global_batch_size, result.skipped)
+            self._log(result, time.perf_counter() - begun)
+            stopped = result.stop
+            if not stopped and self._every(training.eval_interval) and self.valid_batches:
+                stopped = self._validate()
+            if self._every(self.engine.run.config.checkpoint.save_interval):
+                self.save()
+            if training.manual_gc and self._every(training.manual_gc_interval):
+                gc.collect()
+            if result.out_of_time:
+                log.info(f"exiting program after {(time.monotonic() - self.begun) / 60:.1f} minutes")
+                break
+            if self._every(training.exit_interval):
+                log.info(f"exiting program at iteration {self.progress.iteration}")
+                break
+        self.save()
+        return stopped
+
+    def save(self) -> None:
+        """Save unless there is nowhere to, or nothing new."""
+        if self.engine.run.config.checkpoint.save and self.saved_at != self.progress.iteration:
+            with self.timers("save-checkpoint"):
+                save_checkpoint(self.engine, self.progress)
+            self.saved_at = self.progress.iteration
+
+    def final_evaluation(self, batches: Iterator[Any], split: Literal["validation", "test"]) -> bool:
+        """The pass over the validation or test set after the training; True if told to stop."""
+        drawn = self.engine.run.config.training.eval_iters * self.engine.run.plan.global_batch_size
+        where = f"iteration {self.progress.iteration} on {drawn}-sample draw from {split} set"
+        return self._evaluate(batches, where, split)
+
+    def _validate(self) -> bool:
+        training, plan = self.engine.run.config.training, self.engine.run.plan
+        assert self.valid_batches
+        stopped = self._evaluate(self.valid_batches(self.progress), f"iteration {self.progress.iteration}", "validation")
+        self.progress = self.progress.after_validation(training.eval_iters * plan.global_batch_size)
+        return stopped
+
+    def _evaluate(self, batches: Iterator[Any], where: str, split: Literal["validation", "test"]) -> bool:
+        loss, stopped = evaluate(self.engine, batches, self.engine.run.config.training.eval_iters, self.stop)
+        if not stopped:
+            self.metrics.validation(where, {"lm loss": loss}, self._position(), split)
+        if self.engine.run.config.training.manual_gc:
+            gc.collect()
+        return stopped
+
+    def _log(self, result: StepResult, elapsed_s: float) -> None:
+        plan, position = self.engine.run.plan, self._position()
+        tokens_per_s = plan.tokens_per_batch / elapsed_s
+        self.metrics.step(
+            StepRecord(
+                iteration=position.iteration,
+                consumed_samples=position.consumed_samples,
+                consumed_tokens=position.consumed_tokens,
+                losses={"lm loss": result.loss},
+                grad_norm=result.grad_norm,
+                learning_rate=result.learning_rate,
+                loss_scale=1.0,
+                global_batch_size=plan.global_batch_size,
+                skipped=result.skipped,
+                nan=result.skipped,
+                elapsed_s=elapsed_s,
+                tokens_per_s=tokens_per_s,
+                tflops=tokens_per_s * self.flops_per_token / plan.world_size / 1e12,
+                params_norm=result.params_norm,
+                num_zeros=result.num_zeros,
+            )
+        )
+        if self._every(self.engine.run.config.logging.log_interval):
+            self._log_timers()
+
+    def _log_timers(self) -> None:
+        """Comm: gathers every rank's timers over the world."""
+        logging, world = self.engine.run.config.logging, self.engine.run.parallel.world
+        if logging.timing_log_level == 0:
+            return
+        ranks = [json.loads(raw) for raw in gather_bytes(json.dumps(self.timers.elapsed()).encode(), world)]
+        log.last(timer_block(ranks, logging.timing_log_option, logging.log_interval))
+        self.metrics.timers(
+            {name: value / logging.log_interval for name, value in longest(ranks).items()}, self._position()
+        )
+
+    def _out_of_time(self) -> bool:
+        minutes = self.engine.run.config.training.exit_duration_in_mins
+        return minutes is not None and time.monotonic() - self.begun > minutes * 60
+
+    def _agreed_to_stop(self) -> bool:
+        flag = torch.tensor([float(self.stop())], device=self.engine.run.device)
+        return bool(all_reduce(flag, self.engine.run.parallel.world) > 0)
+
+    def _every(self, interval: int | None) -> bool:
+        return bool(interval) and self.progress.iteration % (interval or 1) == 0
+
+    def _position(self) -> Position:
+        samples = self.progress.consumed_samples
+        return Position(self.progress.iteration, samples, samples * self.engine.run.plan.seq_length)

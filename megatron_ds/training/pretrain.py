@@ -1,0 +1,252 @@
+"""pretrain(): from a command line to a trained model, or to one clear message."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import torch
+
+from megatron_ds import log
+from megatron_ds.config import Config, parse
+from megatron_ds.data.loader import MicrobatchLoader
+from megatron_ds.data.tokenizer import Tokenizer, build_tokenizer, planned_vocab_size
+from megatron_ds.errors import EXIT_FAULT, EXIT_RESUBMIT, ConfigError, UserError
+from megatron_ds.kernels.table import Kernels
+from megatron_ds.optim.lr import lr_schedule
+from megatron_ds.parallel import context, launch
+from megatron_ds.parallel.context import ParallelContext
+from megatron_ds.parallel.rng import DropoutStreams
+from megatron_ds.plan import Plan, make_plan
+from megatron_ds.timers import Timers
+from megatron_ds.training import dry_run
+from megatron_ds.training.engine import Engine, build_engine
+from megatron_ds.training.flops import train_flops_per_token
+from megatron_ds.training.loop import Loop
+from megatron_ds.training.metrics import Metrics
+from megatron_ds.training.progress import Progress
+from megatron_ds.training.resume import checkpoint_to_load, load_checkpoint
+from megatron_ds.training.run import Datasets, DatasetsProvider, ForwardStep, ModelProvider, Recipe, Run
+from megatron_ds.training.signals import StopRequest
+
+
+def pretrain(
+    train_valid_test_datasets_provider: DatasetsProvider,
+    model_provider: ModelProvider,
+    forward_step: ForwardStep,
+    args_defaults: Mapping[str, Any] | None = None,
+    argv: Sequence[str] | None = None,
+) -> None:
+    """Train a model as the command line says; leave the process with design's exit codes when that is not 0.
+
+    args_defaults: values of config fields that the recipe prefers; what is typed wins.
+    """
+    recipe = Recipe(train_valid_test_datasets_provider, model_provider, forward_step)
+    code = _guarded(lambda: _main(recipe, args_defaults or {}, sys.argv[1:] if argv is None else argv))
+    if code:
+        sys.exit(code)
+
+
+def _main(recipe: Recipe, defaults: Mapping[str, Any], argv: Sequence[str]) -> int:
+    begun = time.monotonic()
+    launch.adopt_environment()
+    config = parse(argv, defaults)
+    if config.training.dry_run:
+        return _dry_run(recipe, config)
+    stop = StopRequest()
+    tokenizer = _tokenizer(config)
+    vocab_size = tokenizer.vocab_size if tokenizer else planned_vocab_size(config.tokenizer, "GPT2BPETokenizer")[0]
+    plan = make_plan(config, log.world_size(), vocab_size)
+    checkpoint = checkpoint_to_load(config)
+    _announce(config, plan)
+    device = _device(config)
+    run = _join(config, plan, tokenizer, device)
+    datasets = recipe.datasets(run, plan.samples)
+    _say_time("after dataloaders are built")
+    engine = build_engine(run, recipe)
+    if checkpoint is None:
+        engine.initialise()
+        progress = Progress()
+    else:
+        progress = load_checkpoint(engine, checkpoint)
+    _say_size(engine)
+    _say_time("after model, optimizer, and learning rate scheduler are built")
+    stopped = _train_and_test(_loop(engine, recipe, datasets, progress, stop, begun), datasets, engine)
+    context.stop()
+    return EXIT_RESUBMIT if stopped else 0
+
+
+def _train_and_test(loop: Loop, datasets: Datasets, engine: Engine) -> bool:
+    training, stopped = engine.run.config.training, False
+    try:
+        if not training.skip_train:
+            if loop.progress.iteration >= engine.run.plan.train_iters:
+                log.info(f"already finished: iteration {loop.progress.iteration} of {engine.run.plan.train_iters}")
+                return False
+            _say_time("before the start of training step")
+            stopped = loop.train()
+            _say_time("after training is done")
+        finished = training.skip_train or loop.progress.iteration >= engine.run.plan.train_iters
+        for split, dataset in (("validation", datasets.valid), ("test", datasets.test)):
+            if finished and not stopped and dataset is not None and training.eval_iters:
+                consumed = loop.progress.consumed_valid_samples if split == "validation" else 0
+                batches = _loader(engine.run, dataset, consumed)
+                stopped = loop.final_evaluation(batches, "test" if split == "test" else "validation")
+    finally:
+        loop.metrics.close()
+    return stopped
+
+
+def _loop(
+    engine: Engine, recipe: Recipe, datasets: Datasets, progress: Progress, stop: StopRequest, begun: float
+) -> Loop:
+    run, plan, training = engine.run, engine.run.plan, engine.run.config.training
+    synchronise = torch.cuda.synchronize if run.device.type == "cuda" else None
+    metrics = Metrics(
+        run.config.logging, train_iters=plan.train_iters, world_size=plan.world_size, sequence_length=plan.seq_length,
+        writes=log.rank() == log.world_size() - 1, start_iteration=progress.iteration,
+    )  # fmt: skip
+    valid = datasets.valid if training.eval_iters else None
+    return Loop(
+        engine,
+        lr_schedule(run.config.lr, run.config.optimizer, training.train_samples, plan.global_batch_size, training.train_iters),
+        metrics,
+        Timers(run.config.logging.timing_log_level, synchronise),
+        progress,
+        train_flops_per_token(run, recipe),
+        lambda now: _loader(run, datasets.train, now.consumed_samples),
+        (lambda now: _loader(run, valid, now.consumed_valid_samples)) if valid is not None else None,
+        stop,
+        begun,
+    )
+
+
+def _loader(run: Run, dataset: Any, consumed_samples: int) -> Iterator[Any]:
+    data = run.config.data
+    return MicrobatchLoader(
+        dataset, consumed_samples=consumed_samples, micro_batch_size=run.plan.micro_batch_size,
+        dp_rank=run.parallel.dp.rank, dp_size=run.parallel.dp.size, dataloader_type=data.dataloader_type,
+        num_workers=data.num_workers, eod=run.tokenizer.eod if run.tokenizer else None, eod_mask_loss=data.eod_mask_loss,
+        reset_position_ids=data.reset_position_ids,
+    )  # fmt: skip
+
+
+def _dry_run(recipe: Recipe, config: Config) -> int:
+    parallel = config.parallel
+    world_size = parallel.world_size or log.world_size()
+    if parallel.world_size is None and world_size == 1:
+        world_size = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+        log.info(f"no --world-size given: planning for {world_size}, the smallest that this layout runs on\n")
+    vocab_size, note = planned_vocab_size(config.tokenizer, "GPT2BPETokenizer")
+    plan = make_plan(config, world_size, vocab_size)
+    device = torch.device("cpu")
+    run = Run(config, plan, ParallelContext.solo(), Kernels(), device, None, DropoutStreams(0, 0))
+    log.info(dry_run.report(run, recipe, note))
+    return 0
+
+
+def _tokenizer(config: Config) -> Tokenizer | None:
+    """The tokenizer that the flags name; with --mock-data none is needed."""
+    wanted = config.tokenizer
+    if config.data.mock_data and wanted.tokenizer_type is None and wanted.vocab_file is None:
+        return None
+    return build_tokenizer(wanted, "GPT2BPETokenizer")
+
+
+def _device(config: Config) -> torch.device:
+    """Where to compute.
+
+    Raises: ConfigError if a GPU is asked for and there is none
+    """
+    wanted = config.parallel.device
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device", "cuda, and torch sees no GPU", "auto or cpu on this machine", "--device auto")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    local = int(os.environ["LOCAL_RANK"])
+    if local >= torch.cuda.device_count():
+        raise ConfigError(
+            "--nproc-per-node", f"local rank {local} on a machine with {torch.cuda.device_count()} GPUs",
+            "a GPU for every rank", f"torchrun --nproc-per-node {torch.cuda.device_count()}, or --device cpu",
+        )  # fmt: skip
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+def _join(config: Config, plan: Plan, tokenizer: Tokenizer | None, device: torch.device) -> Run:
+    parallel = context.start(config.parallel, plan.sizes, device)
+    _say_time("after megatron is initialized")
+    streams = DropoutStreams(config.training.seed, parallel.tp.rank)
+    return Run(config, plan, parallel, Kernels(), device, tokenizer, streams)
+
+
+def _announce(config: Config, plan: Plan) -> None:
+    sizes, vocab = plan.sizes, plan.vocab
+    log.info(
+        f"using world size: {plan.world_size}, data-parallel-size: {sizes['dp']}, "
+        f"tensor-model-parallel size: {sizes['tp']}, pipeline-model-parallel size: {sizes['pp']} "
+    )
+    log.info(config.describe())
+    if config.compat.used():
+        log.info(f"accepted, without effect (see --help): {' '.join(config.compat.used())}")
+    dummies = vocab.padded - vocab.size
+    log.info(f" > padded vocab (size: {vocab.size}) with {dummies} dummy tokens (new size: {vocab.padded})")
+    names = ("train: ", "validation:", "test: ")
+    log.info(" > datasets target sizes (minimum size):")
+    for name, count in zip(names, plan.samples, strict=True):
+        log.info(f"    {name:<11}{count}")
+
+
+def _say_size(engine: Engine) -> None:
+    parallel = engine.run.parallel
+    if parallel.dp.is_first:
+        count = sum(parameter.numel() for parameter in engine.model.parameters())
+        where = f"({parallel.tp.rank}, {parallel.pp.rank})"
+        print(f" > number of parameters on (tensor, pipeline) model parallel rank {where}: {count}", flush=True)
+
+
+def _say_time(what: str) -> None:
+    log.info(f"[{what}] datetime: {datetime.now():%Y-%m-%d %H:%M:%S} ")
+
+
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
+
+
+def _guarded(work: Callable[[], int]) -> int:
+    """Turn whatever goes wrong into one message and an exit code.
+
+    A mistake that every rank finds is told by rank 0 alone: the others wait for the launcher to end them, and speak only
+    if nobody has.
+    """
+    try:
+        return work()
+    except UserError as error:
+        if log.rank() != 0:
+            time.sleep(5)
+        where = f"[rank {log.rank()}] " if log.rank() else ""
+        _tell(f"{where}error: {error.render()}")
+        return error.exit_code
+    except RuntimeError as error:
+        if any(sign in str(error) for sign in LOST_PEER):
+            time.sleep(2)  # the rank that failed first has something better to say
+            _tell(f"[rank {log.rank()}] error: lost contact with another rank: {str(error).splitlines()[0]}")
+        else:
+            _tell(f"[rank {log.rank()}] {traceback.format_exc()}")
+        return EXIT_FAULT
+    except KeyboardInterrupt:
+        _tell(f"[rank {log.rank()}] interrupted")
+        return 128 + 2
+    except Exception:
+        _tell(f"[rank {log.rank()}] {traceback.format_exc()}")
+        return EXIT_FAULT
+
+
+def _tell(message: str) -> None:
+    log.clear_progress()
+    print(message, file=sys.stderr, flush=True)
+

@@ -1,0 +1,39 @@
+"""Progress: everything that is resumed, nothing more. Data order, dropout and learning rate are functions of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands.
+
+    optimizer_steps: updates that were made; fewer than `iteration` when steps were skipped.
+    """
+
+    iteration: int = 0
+    consumed_samples: int = 0
+    consumed_valid_samples: int = 0
+    optimizer_steps: int = 0
+
+    def after_step(self, samples: int, skipped: bool) -> Progress:
+        """One iteration later."""
+        return dataclasses.replace(
+            self,
+            iteration=self.iteration + 1,
+            consumed_samples=self.consumed_samples + samples,
+            optimizer_steps=self.optimizer_steps + (not skipped),
+        )
+
+    def after_validation(self, samples: int) -> Progress:
+        """The same iteration, further into the validation set."""
+        return dataclasses.replace(self, consumed_valid_samples=self.consumed_valid_samples + samples)
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Progress:
+        """Read back from a checkpoint's state."""
+        return cls(**{field.name: int(state[field.name]) for field in dataclasses.fields(cls)})

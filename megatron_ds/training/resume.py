@@ -1,0 +1,92 @@
+"""From engine to checkpoint and back: which pieces, and which state beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_ds import log
+from megatron_ds.checkpoint.layout import Index
+from megatron_ds.checkpoint.load import find, holds_checkpoints, load, names
+from megatron_ds.checkpoint.save import save
+from megatron_ds.config import Config
+from megatron_ds.parallel.collectives import barrier
+from megatron_ds.training.engine import Engine
+from megatron_ds.training.progress import Progress
+from megatron_ds.training.run import Run
+
+
+def checkpoint_to_load(config: Config) -> Index | None:
+    """The checkpoint that --load means; None for a fresh start.
+
+    A directory without any checkpoint is an error unless the run saves there too: then this is its first start.
+
+    Raises: CheckpointError
+    """
+    options = config.checkpoint
+    if options.load is None:
+        return None
+    same = options.save is not None and Path(options.save).resolve() == Path(options.load).resolve()
+    if same and options.ckpt_step is None and not holds_checkpoints(options.load):
+        log.info(f"no checkpoint in {options.load} yet: starting from scratch")
+        return None
+    return find(options.load, options.ckpt_step).index
+
+
+def save_checkpoint(engine: Engine, progress: Progress) -> None:
+    """Save everything that a run on any layout needs to go on."""
+    options, world = engine.run.config.checkpoint, engine.run.parallel.world
+    assert options.save
+    begun = time.perf_counter()
+    log.info(f"saving checkpoint at iteration {progress.iteration:7d} to {options.save}")
+    save(options.save, progress.iteration, engine.pieces_to_save(options.save_optim), _state(engine.run, progress), world)
+    seconds = time.perf_counter() - begun
+    log.info(f"  successfully saved checkpoint at iteration {progress.iteration:7d} to {options.save} in {seconds:.1f} s")
+
+
+def load_checkpoint(engine: Engine, index: Index) -> Progress:
+    """Fill parameters and optimizer, whatever layout and precision they were saved in.
+
+    Raises: CheckpointError if tensors are missing or have other shapes
+    """
+    options, optimizer = engine.run.config.checkpoint, engine.optimizer
+    with_optimizer = options.load_optim and not options.finetune
+    stored = set(names(index))
+    wanted = list(engine.model_pieces()) + (list(optimizer.pieces()) if with_optimizer else [])
+    load(index, [piece._replace(name=_best_source(piece.name, stored)) for piece in wanted])
+    if with_optimizer:
+        progress = Progress.from_state(index.state["progress"])
+        optimizer.set_steps(progress.optimizer_steps)
+    else:
+        optimizer.masters_from_params()
+        progress = Progress() if options.finetune else Progress.from_state(index.state["progress"])
+        progress = dataclasses.replace(progress, optimizer_steps=0)
+    barrier(engine.run.parallel.world)
+    log.info(f"  successfully loaded checkpoint from {options.load} at iteration {index.iteration}")
+    return progress
+
+
+def _best_source(name: str, stored: set[str]) -> str:
+    """A master that was not saved is the model's own parameter, and an fp32 parameter is best read from its master."""
+    kind, parameter, *rest = name.split("/")
+    master, model = f"optimizer/{parameter}/master", f"model/{parameter}"
+    if kind == "model":
+        return master if master in stored else model
+    return model if rest == ["master"] and master not in stored else name
+
+
+def _state(run: Run, progress: Progress) -> dict[str, Any]:
+    """JSON beside the tensors: progress, and what a tool needs to rebuild the model."""
+    layout = {**run.plan.sizes, "zero_stage": run.plan.zero_stage}
+    return {
+        "progress": dataclasses.asdict(progress),
+        "layout": layout,
+        "vocab_size": run.plan.vocab.size,
+        "max_positions": run.plan.max_positions,
+        "seq_length": run.plan.seq_length,
+        "model": dataclasses.asdict(run.config.model),
+        "tokenizer": dataclasses.asdict(run.config.tokenizer),
+        "bf16": run.config.precision.bf16,
+    }

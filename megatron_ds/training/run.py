@@ -1,0 +1,64 @@
+"""What a recipe gets to see: Run, the datasets it hands back, and the three functions it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from megatron_ds.config import Config
+from megatron_ds.data.tokenizer import Tokenizer
+from megatron_ds.kernels.table import Kernels
+from megatron_ds.model.gpt import GPTModel, Stage
+from megatron_ds.parallel.context import ParallelContext
+from megatron_ds.parallel.rng import DropoutStreams
+from megatron_ds.pipeline.executor import ForwardStep
+from megatron_ds.plan import Plan, SampleCounts
+
+__all__ = ["DatasetsProvider", "ForwardStep", "ModelProvider", "Recipe", "Run", "Stage"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that a recipe may need to know, frozen."""
+
+    config: Config
+    plan: Plan
+    parallel: ParallelContext
+    kernels: Kernels
+    device: torch.device
+    tokenizer: Tokenizer | None
+    """None while only planning (--dry-run)."""
+    streams: DropoutStreams
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of parameters and activations."""
+        return torch.bfloat16 if self.config.precision.bf16 else torch.float32
+
+    @property
+    def factory(self) -> dict[str, Any]:
+        """How a model provider makes parameters: without memory; their place in a bucket comes later."""
+        return {"device": "meta", "dtype": self.dtype}
+
+
+class Datasets(Protocol):
+    """One map-style dataset per split; None where no samples are needed."""
+
+    train: Any
+    valid: Any
+    test: Any
+
+
+ModelProvider = Callable[[Run, Stage], GPTModel]
+DatasetsProvider = Callable[[Run, SampleCounts], Datasets]
+
+
+class Recipe(NamedTuple):
+    """The three functions that make a training script."""
+
+    datasets: DatasetsProvider
+    model: ModelProvider
+    forward_step: ForwardStep

@@ -1,0 +1,114 @@
+"""One training step, and one validation pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_ds.optim.lr import LRSchedule
+from megatron_ds.parallel.collectives import all_reduce
+from megatron_ds.pipeline.executor import Microbatch
+from megatron_ds.timers import Timers
+from megatron_ds.training.engine import Engine
+from megatron_ds.training.progress import Progress
+from megatron_ds.training.run import Run
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What every rank knows after a step.
+
+    loss: mean over the global batch's target tokens. stop, out_of_time: so it is for some rank.
+    """
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    skipped: bool
+    stop: bool
+    out_of_time: bool
+    params_norm: float | None
+    num_zeros: float | None
+
+
+def train_step(
+    engine: Engine,
+    schedule: LRSchedule,
+    progress: Progress,
+    batches: Iterator[Any],
+    timers: Timers,
+    *,
+    stop: bool,
+    out_of_time: bool,
+) -> StepResult:
+    """Forward, backward, reduce; then one sum over all ranks decides everything else.
+
+    Comm: the schedule's, the reduction of gradients, one all-reduce of 7 numbers over the world, ZeRO-1's all-gather
+    """
+    run, logging = engine.run, engine.run.config.logging
+    plan, optimizer = run.plan, engine.optimizer
+    engine.model.train()
+    engine.buckets.zero()
+    with timers("batch-generator", 2):
+        microbatches = take(batches, run, progress.consumed_samples)
+    with timers("forward-backward", 1):
+        sums = engine.executor.run(plan.actions[run.parallel.pp.rank], microbatches)
+    with timers("optimizer", 1):
+        zeros = optimizer.num_zeros() if logging.log_num_zeros_in_grad else sums.new_zeros(())
+        weights = optimizer.params_squared_norm() if logging.log_params_norm else sums.new_zeros(())
+        shares = [sums if run.parallel.tp.is_first else torch.zeros_like(sums), optimizer.squared_norm()[None]]
+        shares += [zeros[None], weights[None], sums.new_tensor([float(stop), float(out_of_time)])]
+        loss_sum, targets, norm_squared, zeros_sum, weights_sum, stops, late = all_reduce(
+            torch.cat(shares), run.parallel.world
+        ).tolist()
+        # The backward ran with 1 / positions; only now is it known how many of them were targets.
+        ratio = plan.tokens_per_batch / targets if targets else math.nan
+        norm = math.sqrt(norm_squared) * ratio
+        lr = schedule.lr_at(progress.consumed_samples)
+        skipped = not math.isfinite(norm)
+        if not skipped:
+            limit = run.config.optimizer.clip_grad
+            clip = min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
+            decay = schedule.weight_decay_at(progress.consumed_samples)
+            optimizer.apply(lr=lr, weight_decay=decay, scale=ratio * clip)
+    return StepResult(
+        loss_sum / targets if targets else math.nan,
+        norm,
+        lr,
+        skipped,
+        stops > 0,
+        late > 0,
+        math.sqrt(weights_sum) if logging.log_params_norm else None,
+        zeros_sum if logging.log_num_zeros_in_grad else None,
+    )
+
+
+def take(batches: Iterator[Any], run: Run, consumed_samples: int) -> list[Microbatch]:
+    """This rank's micro-batches of the next global batch, with their global row numbers."""
+    dp, size = run.parallel.dp, run.plan.micro_batch_size
+    rows = [consumed_samples + (i * dp.size + dp.rank) * size for i in range(run.plan.num_microbatches)]
+    return [Microbatch(next(batches).to(run.device), row) for row in rows]
+
+
+def evaluate(engine: Engine, batches: Iterator[Any], iterations: int, stop: Callable[[], bool]) -> tuple[float, bool]:
+    """Mean loss over the target tokens of `iterations` global batches, and whether some rank was told to stop.
+
+    Comm: the schedule's; one all-reduce of 3 numbers over the world per global batch
+    """
+    run = engine.run
+    plan, parallel = run.plan, run.parallel
+    engine.model.eval()
+    total = torch.zeros(2, dtype=torch.float64, device=run.device)
+    for _ in range(iterations):
+        sums = engine.executor.run(plan.eval_actions[parallel.pp.rank], take(batches, run, 0))
+        share = sums if parallel.tp.is_first else torch.zeros_like(sums)
+        summed = all_reduce(torch.cat((share, sums.new_tensor([float(stop())]))), parallel.world)
+        total += summed[:2]
+        if summed[2] > 0:
+            return math.nan, True
+    loss_sum, targets = total.tolist()
+    return (loss_sum / targets if targets else math.nan), False

@@ -1,0 +1,58 @@
+"""Pretrain GPT: torchrun --nproc-per-node 2 pretrain_gpt.py --tensor-model-parallel-size 2 ... (--help lists all flags)."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_ds.data.datasets import Datasets, build_gpt_datasets
+from megatron_ds.data.loader import GPTBatch
+from megatron_ds.model.gpt import GPTModel
+from megatron_ds.plan import SampleCounts
+from megatron_ds.training.pretrain import pretrain
+from megatron_ds.training.run import Run, Stage
+
+
+def model_provider(run: Run, stage: Stage) -> GPTModel:
+    """The part of the model that one pipeline stage holds."""
+    return GPTModel(
+        run.config.model,
+        run.plan.vocab,
+        stage,
+        tp=run.parallel.tp,
+        kernels=run.kernels,
+        streams=run.streams,
+        max_positions=run.plan.max_positions,
+        **run.factory,
+    )
+
+
+def forward_step(batch: GPTBatch, model: torch.nn.Module, upstream: torch.Tensor | None):
+    """Run one micro-batch; on the last stage the loss is summed over target tokens."""
+    losses = model(batch.tokens, batch.position_ids, upstream, batch.labels)
+
+    def loss_func(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mask = batch.loss_mask.t()
+        return (losses * mask).sum(), mask.sum()
+
+    return losses, loss_func
+
+
+def train_valid_test_datasets_provider(run: Run, num_samples: SampleCounts) -> Datasets:
+    """The three datasets, each with at least as many samples as the run needs."""
+    return build_gpt_datasets(
+        run.config.data,
+        num_samples=num_samples,
+        seq_length=run.plan.seq_length,
+        seed=run.config.training.seed,
+        vocab_size=run.plan.vocab.size,
+        tokenizer_fingerprint=run.tokenizer.fingerprint() if run.tokenizer else None,
+    )
+
+
+if __name__ == "__main__":
+    pretrain(
+        train_valid_test_datasets_provider,
+        model_provider,
+        forward_step,
+        args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
+    )

@@ -1,0 +1,242 @@
+#!/usr/bin/env bash
+# From a fresh clone to a GPT trained on two ranks, its validation loss and a sample of what it writes. Needs only
+# Python >= 3.10; takes a GPU when there is one. Typed again, it resumes where it stopped and trains on.
+#
+#   scripts/quickstart.sh
+#   LAYOUT=pp2 scripts/quickstart.sh           the same model on two pipeline stages (also: tp2, dp2)
+#   CORPUS=file.jsonl scripts/quickstart.sh    your text, one {"text": ...} per line
+#   ITERS=50 scripts/quickstart.sh             fewer or more iterations each time it is typed
+#   OUT=DIR scripts/quickstart.sh              everything it makes goes here (default: runs/quickstart)
+#
+# scripts/setup_env.sh says what decides over Python and torch.
+set -euo pipefail
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+LAYOUT="${LAYOUT:-tp2}"
+CORPUS="${CORPUS:-}"
+OUT="${OUT:-$ROOT/runs/quickstart}"
+
+# ---- sizes: all the numbers of this script, chosen for less than ten minutes on two CPU cores
+VOCAB_SIZE=8192
+SPLIT=94,4,2
+CPU_ITERS=200
+CPU_CORPUS=()
+CPU_MODEL=(--num-layers 6 --hidden-size 384 --num-attention-heads 6 --seq-length 256 --max-position-embeddings 256
+    --micro-batch-size 8 --global-batch-size 16 --lr 1e-3 --min-lr 1e-4 --lr-warmup-iters 20 --eval-iters 8)
+GPU_ITERS=1000
+GPU_CORPUS=(--include-tests)
+GPU_MODEL=(--num-layers 12 --hidden-size 768 --num-attention-heads 12 --seq-length 512 --max-position-embeddings 512
+    --micro-batch-size 16 --global-batch-size 32 --lr 6e-4 --min-lr 6e-5 --lr-warmup-iters 100 --eval-iters 8)
+COMMON=(--lr-decay-style cosine --weight-decay 0.1 --adam-beta2 0.95 --clip-grad 1.0
+    --attention-dropout 0 --hidden-dropout 0 --seed 1234 --log-interval 10)
+SAMPLE=(--prompt "def " --max-new-tokens 120)
+# ----
+
+fail() {
+    printf 'ERROR: %s\n    %-9s %s\n    %-9s %s\n    %-9s %s\n' "$2" found: "$3" expected: "$4" fix: "$5" >&2
+    exit "$1"
+}
+
+stage() { printf '\n[%s of 6, %d:%02d] %s\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)) "$2"; }
+
+# Print a command as one would type it, then run it.
+run() {
+    local word
+    printf '    $ '
+    for word in "$@"; do
+        [[ "$word" != --* ]] || printf '\\\n          '
+        printf '%q ' "$word"
+    done
+    printf '\n\n'
+    "$@"
+}
+
+# What a file is, without reading it.
+identity() {
+    python -c 'import os, sys; print([(f, s.st_size, s.st_mtime_ns) for f in sys.argv[1:] for s in [os.stat(f)]])' "$@"
+}
+
+# fresh NAME KEY FILE...: all files are there, and they were made from what KEY describes.
+fresh() {
+    local name="$1" key="$2" file
+    shift 2
+    for file in "$@"; do
+        [[ -e "$file" ]] || return 1
+    done
+    [[ "$(cat "$OUT/.made/$name" 2>/dev/null)" == "$key" ]]
+}
+
+made() {
+    mkdir -p "$OUT/.made"
+    echo "$2" >"$OUT/.made/$1"
+}
+
+# ---- the machine: how many ranks, which sizes
+choose_sizes() {
+    local gpus=0
+    RANKS=2
+    if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
+        gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"
+    fi
+    if ((gpus > 0)); then
+        RANKS=$((gpus < 2 ? 1 : 2))
+        ITERS="${ITERS:-$GPU_ITERS}" CORPUS_FLAGS=("${GPU_CORPUS[@]}") MODEL=("${GPU_MODEL[@]}" --bf16)
+        MACHINE="$RANKS GPU(s), bf16"
+    else
+        ITERS="${ITERS:-$CPU_ITERS}" CORPUS_FLAGS=(${CPU_CORPUS[@]+"${CPU_CORPUS[@]}"}) MODEL=("${CPU_MODEL[@]}")
+        MACHINE="CPU, fp32"
+        if grep -qwE 'amx_bf16|avx512_bf16' /proc/cpuinfo 2>/dev/null; then
+            MODEL+=(--bf16) MACHINE="CPU, bf16 (this one multiplies it natively)"
+        fi
+    fi
+    [[ "$ITERS" =~ ^[1-9][0-9]*$ ]] || fail 2 ITERS "$ITERS" "a whole number above 0" "ITERS=$CPU_ITERS"
+}
+
+choose_layout() {
+    case "$LAYOUT" in
+        tp2) PARALLEL=(--tensor-model-parallel-size 2) ;;
+        pp2) PARALLEL=(--pipeline-model-parallel-size 2) ;;
+        dp2) PARALLEL=(--zero-stage 1) ;;
+        *) fail 2 LAYOUT "$LAYOUT" "tp2, pp2 or dp2" "LAYOUT=tp2 scripts/quickstart.sh" ;;
+    esac
+    if ((RANKS == 1)); then
+        PARALLEL=(--tensor-model-parallel-size 1) LAYOUT="one rank, on the only GPU"
+    fi
+}
+
+# ---- the stages
+build_corpus() {
+    local key
+    if [[ -n "$CORPUS" ]]; then
+        [[ -s "$CORPUS" ]] || fail 3 CORPUS "$CORPUS: missing or empty" 'a file with one {"text": ...} per line' \
+            "check the path"
+        echo "    your own: $CORPUS"
+        return
+    fi
+    CORPUS="$OUT/corpus.jsonl"
+    key="$(python -c 'import sys, sysconfig; print(sys.version, sysconfig.get_path("stdlib"))') ${CORPUS_FLAGS[*]-}"
+    if fresh corpus "$key" "$CORPUS"; then
+        echo "    $CORPUS is there"
+    else
+        run python tools/build_corpus.py --output "$CORPUS" ${CORPUS_FLAGS[@]+"${CORPUS_FLAGS[@]}"}
+        made corpus "$key"
+    fi
+}
+
+train_tokenizer() {
+    local key
+    key="$VOCAB_SIZE $(identity "$CORPUS")"
+    if fresh tokenizer "$key" "$OUT/vocab.json" "$OUT/merges.txt"; then
+        echo "    $OUT/vocab.json and merges.txt are there"
+        return
+    fi
+    [[ ! -e "$LATEST" ]] || fail 4 "$OUT/checkpoints" "a model trained on another corpus" \
+        "the corpus that it began with" "OUT=runs/another scripts/quickstart.sh, or delete $OUT"
+    run python tools/train_tokenizer.py --input "$CORPUS" --vocab-size "$VOCAB_SIZE" --output-dir "$OUT"
+    made tokenizer "$key"
+}
+
+preprocess() {
+    local key
+    key="$(identity "$CORPUS" "$OUT/vocab.json" "$OUT/merges.txt")"
+    if fresh data "$key" "${DATA}.bin" "${DATA}.idx"; then
+        echo "    ${DATA}.bin and .idx are there"
+        return
+    fi
+    run python tools/preprocess_data.py --input "$CORPUS" --output-prefix "${DATA%_text_document}" \
+        --tokenizer-type GPT2BPETokenizer --vocab-file "$OUT/vocab.json" --merge-file "$OUT/merges.txt" \
+        --append-eod --workers 2
+    made data "$key"
+}
+
+# The target is the next multiple of ITERS: an interrupted run is finished first, a finished one goes on as long again.
+train() {
+    local behind=0 target every=$((ITERS < 8 ? 1 : ITERS / 8)) resume=()
+    if [[ -e "$LATEST" ]]; then
+        behind="$(cat "$LATEST")"
+        resume=(--load "$OUT/checkpoints")
+    fi
+    target=$(((behind / ITERS + 1) * ITERS))
+    if ((behind > 0)); then
+        echo "    resuming after iteration $behind, on to $target; the cosine of the learning rate now spans $target"
+    else
+        echo "    $target iterations; interrupted or typed again, it resumes from $OUT/checkpoints"
+    fi
+    run torchrun --standalone --nproc-per-node "$RANKS" pretrain_gpt.py \
+        "${PARALLEL[@]}" "${MODEL[@]}" "${COMMON[@]}" --train-iters "$target" \
+        --data-path "$DATA" --split "$SPLIT" --vocab-file "$OUT/vocab.json" --merge-file "$OUT/merges.txt" \
+        --eval-interval "$every" --save-interval "$every" --save "$OUT/checkpoints" ${resume[@]+"${resume[@]}"} \
+        --tensorboard-dir "$OUT/tensorboard" --metrics-file "$OUT/metrics.jsonl" && return
+    local code=$?
+    echo "training stopped (code $code); the same command resumes from the last checkpoint in $OUT/checkpoints" >&2
+    exit "$code"
+}
+
+report_loss() {
+    python - "$OUT/metrics.jsonl" "$VOCAB_SIZE" <<'PY'
+import json, math, sys
+
+KEY = "validation lm loss"
+rows = [json.loads(line) for line in open(sys.argv[1]) if KEY in line]
+points = [(row["iteration"], row[KEY]) for row in rows if KEY in row]
+print(f"    a guess would score {math.log(int(sys.argv[2])):.2f}")
+for iteration, loss in points[:: max(1, len(points) // 8)]:
+    print(f"    iteration {iteration:6d}  {loss:.3f}  " + "#" * round(5 * loss))
+if points:
+    (first, high), (last, low) = points[0], points[-1]
+    print(f"    from {high:.3f} at iteration {first} to {low:.3f} at iteration {last}")
+PY
+}
+
+say_what_next() {
+    cat <<NEXT
+
+Done in $((SECONDS / 60)) min $((SECONDS % 60)) s. Look at ($OUT):
+    checkpoints/         python tools/inspect_checkpoint.py $OUT/checkpoints
+    tensorboard/         tensorboard --logdir $OUT/tensorboard
+    metrics.jsonl        one JSON object per iteration, at full precision
+    vocab.json, merges.txt, corpus_text_document.bin and .idx, in Megatron's formats
+
+Type next:
+    scripts/quickstart.sh                  trains on
+    LAYOUT=pp2 scripts/quickstart.sh       trains on from the same checkpoint, on two pipeline stages (also: dp2, tp2)
+    scripts/test.sh                        runs the tests
+NEXT
+    [[ -n "${USE_ACTIVE_ENV:-}" ]] || printf '    %-38s %s\n' "source ${VENV#"$ROOT"/}/bin/activate" "and then:"
+    cat <<NEXT
+    python tools/generate.py --load $OUT/checkpoints --prompt "class " --max-new-tokens 120
+    python pretrain_gpt.py --dry-run --world-size 256 --tensor-model-parallel-size 8 --pipeline-model-parallel-size 8 \\
+        --num-layers 96 --hidden-size 12288 --num-attention-heads 96 --seq-length 2048 --max-position-embeddings 2048 \\
+        --micro-batch-size 1 --global-batch-size 1536 --train-iters 1000 --lr 6e-5 --bf16
+                                           what each of 256 GPUs would hold, do and send to train GPT-3 175B
+NEXT
+}
+
+[[ -z "$CORPUS" || "$CORPUS" == /* ]] || CORPUS="$PWD/$CORPUS"
+[[ "$OUT" == /* ]] || OUT="$PWD/$OUT"
+cd "$ROOT"
+OUT="${OUT#"$ROOT"/}"
+DATA="$OUT/corpus_text_document"
+LATEST="$OUT/checkpoints/latest_checkpointed_iteration.txt"
+# One thread per rank: two ranks whose threads share two cores wait for each other.
+export OMP_NUM_THREADS=1
+
+stage 1 "environment"
+source scripts/setup_env.sh
+choose_sizes
+choose_layout
+mkdir -p "$OUT"
+stage 2 "corpus"
+build_corpus
+stage 3 "tokenizer"
+train_tokenizer
+stage 4 "tokens"
+preprocess
+stage 5 "training: $LAYOUT, $MACHINE"
+train
+stage 6 "what came of it"
+echo "  validation loss:"
+report_loss
+echo "  a sample:"
+run python tools/generate.py --load "$OUT/checkpoints" "${SAMPLE[@]}"
+say_what_next
