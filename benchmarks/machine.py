@@ -19,7 +19,7 @@ Shape = tuple[int, int, int]
 
 CPU_SHAPES: tuple[Shape, ...] = ((512, 512, 2048), (2048, 512, 2048), (2048, 2048, 2048))
 GPU_SHAPES: tuple[Shape, ...] = ((4096, 1024, 4096), (4096, 4096, 4096), (8192, 8192, 8192))
-"""Rows (tokens), inner size and columns of x W^T; the first of each is a small model's layer, the last a large square."""
+"""Rows (tokens), inner size and columns of x W^T; first a small model's layer, last a large square."""
 
 TELLING_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -88,7 +88,7 @@ def _timer(work: Callable[[], object], device: str) -> Callable[[], float]:
         work()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        return float(start.elapsed_time(end)) / 1e3
 
     return by_device_clock
 

@@ -1,15 +1,13 @@
 """The peer: the same GPT trained by plain torch, as a competent user would write it without any framework.
 
 Fused operators throughout (SDPA, cross-entropy, AdamW), fp32 weights, autocast for bf16, optionally torch.compile.
-`python benchmarks/peer.py` times it alone; benchmarks/train_step.py runs it beside ours. On a GPU both run under the
-caller's `torch.set_float32_matmul_precision`.
+benchmarks/train_step.py runs it beside ours; on a GPU both run under the caller's `torch.set_float32_matmul_precision`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import time
 from dataclasses import dataclass
 
 import torch
@@ -79,8 +77,8 @@ class Block(nn.Module):
         )
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.proj(y.transpose(1, 2).reshape(b, s, h))
-        hidden: Tensor = F.gelu(self.fc_1(self.ln_2(x)), approximate="tanh")
-        return x + self.fc_2(hidden)
+        out: Tensor = x + self.fc_2(F.gelu(self.fc_1(self.ln_2(x)), approximate="tanh"))
+        return out
 
 
 class PeerGPT(nn.Module):
@@ -111,7 +109,9 @@ class PeerGPT(nn.Module):
 class PeerStep:
     """One optimizer step of the peer: accumulate over micro-batches, clip, AdamW."""
 
-    def __init__(self, workload: Workload, dtype: torch.dtype, compile: bool = False, device: str = "cpu", seed: int = 0):
+    def __init__(
+        self, workload: Workload, dtype: torch.dtype, compile: bool = False, device: str = "cpu", seed: int = 0
+    ):
         torch.manual_seed(seed)
         self.workload, self.dtype, self.device = workload, dtype, torch.device(device)
         self.model = PeerGPT(workload).to(self.device)
@@ -135,7 +135,7 @@ class PeerStep:
     def step(self, batch: Batch) -> float:
         """Train on one global batch and return its mean loss; done when it returns, on a GPU too."""
         total = torch.zeros((), device=self.device)
-        pieces = (part.to(self.device, non_blocking=True).split(self.workload.micro) for part in batch)
+        pieces = (torch.split(part.to(self.device, non_blocking=True), self.workload.micro) for part in batch)
         for tokens, labels in zip(*pieces, strict=True):
             with self._autocast():
                 loss = self.run(tokens, labels) / self.workload.micro_batches

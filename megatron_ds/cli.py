@@ -8,9 +8,9 @@
         bias: bool = arg(True, "Leave out all biases.", "--disable-bias-linear")
 
 `arg(default, help, *flags)` is `dataclasses.field` with metadata. Without explicit flags the field's name is the flag.
-A bool that defaults to True is switched off by its flag (`--no-NAME` unless flags are given); one that defaults to False
-is switched on. `Literal` gives choices, `tuple[X, ...]` gives a list of values, `X | None` may stay unset. Underscores
-and dashes in option names are the same thing, as users of both Megatron and DeepSpeed spell them.
+A bool that defaults to True is switched off by its flag (`--no-NAME` unless flags are given); one that defaults to
+False is switched on. `Literal` gives choices, `tuple[X, ...]` gives a list of values, `X | None` may stay unset.
+Underscores and dashes in option names are the same thing, as users of both Megatron and DeepSpeed spell them.
 """
 
 from __future__ import annotations

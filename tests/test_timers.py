@@ -76,7 +76,8 @@ def test_a_stretch_that_raises_is_closed(clock):
             clock.now += 1
             raise KeyError
 
-    pytest.raises(KeyError, fail)
+    with pytest.raises(KeyError):
+        fail()
     with timers("a"):
         clock.now += 1
     assert timers.elapsed() == {"a": 2}

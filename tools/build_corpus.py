@@ -2,8 +2,8 @@
 
     python tools/build_corpus.py --output corpus.jsonl
 
-One object per file, {"text": ..., "path": ...}: the sources with their docstrings; of the reference that `help()` prints,
-one per topic. Copies are dropped and the order is shuffled, so that any contiguous split resembles the whole.
+One object per file, {"text": ..., "path": ...}: the sources with their docstrings, and each topic of the reference that
+`help()` prints. Copies are dropped and the order is shuffled, so that any contiguous split resembles the whole.
 """
 
 from __future__ import annotations

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import operator
 import os
 import re
 import shutil
 import stat
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,13 +129,13 @@ def covers_exactly(shape: tuple[int, ...], boxes: Iterable[Box]) -> bool:
     The mixed difference of a box's indicator function is +1 or -1 at its corners, 0 elsewhere, and determines the
     function: so the boxes sum to the whole if and only if the corners cancel. Linear in the number of boxes.
     """
-    corners: Counter[tuple[int, ...]] = Counter()
-    whole = Box((0,) * len(shape), shape)
-    for sign, box in itertools.chain([(-1, whole)], ((1, box) for box in boxes)):
-        for ends in itertools.product((0, 1), repeat=len(shape)):
-            corner = tuple(s + n * end for s, n, end in zip(box.start, box.shape, ends, strict=True))
-            corners[corner] += sign * (-1) ** sum(ends)
-    return not any(corners.values())
+    signs = [(-1) ** sum(ends) for ends in itertools.product((0, 1), repeat=len(shape))]
+    left: dict[tuple[int, ...], int] = dict(zip(itertools.product(*((0, n) for n in shape)), signs, strict=True))
+    for box in boxes:
+        stop = map(operator.add, box.start, box.shape)
+        for corner, sign in zip(itertools.product(*zip(box.start, stop, strict=True)), signs, strict=True):
+            left[corner] = left.get(corner, 0) - sign
+    return not any(left.values())
 
 
 def dump_index(
@@ -222,7 +222,7 @@ def check_files(path: Path, sizes: Mapping[str, int]) -> None:
     Raises: CheckpointError for a name that is not plain, a file that is missing, linked or of another size
     """
     for name, size in sizes.items():
-        if not _FILE_NAME.fullmatch(name) or ".." in name:
+        if not _FILE_NAME.fullmatch(name):
             raise damaged(path / INDEX, f"file name {name!a:.80}", "a plain file name")
         try:
             found = os.lstat(path / name)

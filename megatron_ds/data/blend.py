@@ -54,6 +54,8 @@ class Blend:
 def parse_blend(words: Sequence[str], flag: str) -> Blend:
     """`w1 P1 w2 P2 ...` is weighted; an odd number of words, or words without numbers, are prefixes only.
 
+    A weight of 0 leaves its prefix out.
+
     Raises: ConfigError for half-given, negative or all-zero weights
     """
     if len(words) % 2:
@@ -68,7 +70,8 @@ def parse_blend(words: Sequence[str], flag: str) -> Blend:
             found=" ".join(words),
             expected="w1 PREFIX1 w2 PREFIX2 ... with weights >= 0 that are not all 0, or prefixes only",
         )
-    return Blend(tuple(words[1::2]), tuple(given))
+    kept = [(prefix, weight) for prefix, weight in zip(words[1::2], given, strict=True) if weight > 0]
+    return Blend(tuple(prefix for prefix, _ in kept), tuple(weight for _, weight in kept))
 
 
 def normalize(weights: Sequence[float] | Weights) -> Weights:
@@ -101,7 +104,7 @@ def build_blend_index(weights: Weights, size: int) -> dict[str, Array]:
 class BlendedDataset:
     """Several datasets read through a blend index."""
 
-    def __init__(self, datasets: Sequence[TokenDataset | None], index: dict[str, Array]):
+    def __init__(self, datasets: Sequence[TokenDataset], index: dict[str, Array]):
         self.datasets = datasets
         self.source, self.sample = index["source"], index["sample"]
 
@@ -109,10 +112,7 @@ class BlendedDataset:
         return len(self.source)
 
     def __getitem__(self, row: int) -> npt.NDArray[np.int64]:
-        dataset = self.datasets[self.source[row]]
-        assert dataset is not None, "the blend index names a source that was not asked for samples"
-        tokens: npt.NDArray[np.int64] = dataset[int(self.sample[row])]
-        return tokens
+        return self.datasets[self.source[row]][int(self.sample[row])]
 
 
 def _greedy(weights: Weights, size: int) -> npt.NDArray[np.int16]:

@@ -1,7 +1,7 @@
 """A GPT-2 style BPE as tiktoken ranks: several times faster than `tokenizers`, where both must give the same ids.
 
-`tokenizers` merges the pair that comes first in merges.txt; tiktoken merges the neighbours whose joint bytes are the token
-with the lowest rank, and asks no list of pairs. The two agree on every text if
+`tokenizers` merges the pair that comes first in merges.txt; tiktoken merges the neighbours whose joint bytes are the
+token with the lowest rank, and asks no list of pairs. The two agree on every text if
  1. every byte is a token,
  2. later merges make tokens with higher ids, and
  3. every merged token, given as text, is merged into itself.
@@ -12,6 +12,7 @@ spells a token, and both pick among the same pairs; by 2 they pick in the same o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -35,7 +36,7 @@ def tiktoken_ranks(
     if any(letter not in vocab for letter in alphabet) or any(token not in vocab for token in made):
         return None
     ids = [vocab[token] for token in made]
-    rising = all(low < high for low, high in zip(ids, ids[1:], strict=False))
+    rising = all(low < high for low, high in pairwise(ids))
     if not rising or any(split(token) != [vocab[token]] for token in made):
         return None
     return {bytes(alphabet[letter] for letter in token): vocab[token] for token in (*alphabet, *made)}

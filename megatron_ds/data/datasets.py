@@ -10,9 +10,11 @@ import numpy as np
 
 from megatron_ds import log
 from megatron_ds.data.blend import (
+    Array,
     Blend,
     BlendedDataset,
     TokenDataset,
+    Weights,
     build_blend_index,
     normalize,
     parse_blend,
@@ -122,38 +124,41 @@ class _Sources:
         """A blend by given weights; sources repeat as often as that takes."""
         assert blend.weights is not None
         weights = normalize(blend.weights)
-        size = sum(shares(weights, samples))
         # Megatron-Core normalises a second time, which may change the last bit and with it a tie.
-        greedy = normalize(weights)
-        cache = self.cache(blend.prefixes[0])
-        key = {"weights": greedy.tolist(), "size": size}
-        index = cache.get("blend", key, lambda: build_blend_index(greedy, size))
+        index = self.blend_index(blend, normalize(weights), sum(shares(weights, samples)))
         taken = np.bincount(index["source"], minlength=len(weights)).tolist()
         sizes = source_sizes(weights, samples, taken)
-        datasets = [
-            self.source(part, prefix, found, n) if n else None
-            for prefix, found, n in zip(blend.prefixes, ranges, sizes, strict=True)
-        ]
+        parts = zip(blend.prefixes, ranges, sizes, strict=True)
+        datasets = [self.source(part, prefix, found, size) for prefix, found, size in parts]
         self.report(part, datasets, weights.tolist(), taken)
         return BlendedDataset(datasets, index)
 
     def by_length(self, part: int, blend: Blend, ranges: list[Range | None], samples: int) -> TokenDataset:
         """A blend of one epoch of each source, each by its length."""
-        pairs = zip(blend.prefixes, ranges, strict=True)
-        datasets = [self.source(part, prefix, found, None) for prefix, found in pairs]
+        parts = list(zip(blend.prefixes, ranges, strict=True))
+        datasets = [self.source(part, prefix, found, None) for prefix, found in parts]
         lengths = [len(dataset) for dataset in datasets]
-        if sum(lengths) < (samples if self.config.dataloader_type == "single" else 1):
+        if sum(lengths) < samples and self.config.dataloader_type == "single":
             raise DataError(
                 f"{PARTS[part]} data",
                 found=f"{sum(lengths)} samples in one epoch of {len(lengths)} datasets",
                 expected=f"{samples} samples",
                 fix="give weights (w1 PREFIX1 w2 PREFIX2 ...), then datasets repeat, or --dataloader-type cyclic",
             )
-        size, weights = min(samples, sum(lengths)), normalize(lengths)
-        key = {"weights": weights.tolist(), "size": size}
-        index = self.cache(blend.prefixes[0]).get("blend", key, lambda: build_blend_index(weights, size))
-        self.report(part, datasets, weights.tolist(), lengths)
+        weights = normalize(lengths)
+        index = self.blend_index(blend, weights, min(samples, sum(lengths)))
+        taken = np.bincount(index["source"], minlength=len(weights)).tolist()
+        for place, (length, count) in enumerate(zip(lengths, taken, strict=True)):
+            # The greedy rule may overshoot a length by one; Megatron-Core then gives up.
+            if count > length:
+                datasets[place] = self.source(part, *parts[place], count)
+        self.report(part, datasets, weights.tolist(), taken)
         return BlendedDataset(datasets, index)
+
+    def blend_index(self, blend: Blend, weights: Weights, size: int) -> dict[str, Array]:
+        """The blend's index, kept beside its first source."""
+        key = {"weights": weights.tolist(), "size": size}
+        return self.cache(blend.prefixes[0]).get("blend", key, lambda: build_blend_index(weights, size))
 
     def open(self, prefix: str) -> IndexedDataset:
         """The dataset of a prefix, opened and checked once."""
@@ -194,7 +199,15 @@ class _Sources:
         arrays = self.cache(prefix).get(
             "gpt", key, lambda: vars(build_index_map(data.lengths, begin, end, self.seq_length, samples, self.seed))
         )
-        return GPTDataset(data, IndexMap(**arrays), self.seq_length, self.vocab_size)
+        dataset = GPTDataset(data, IndexMap(**arrays), self.seq_length, self.vocab_size)
+        if not len(dataset):
+            raise DataError(
+                f"{prefix}, {PARTS[part]}",
+                found="less than one sample in one epoch",
+                expected=f"at least {self.seq_length + 1} tokens",
+                fix="give the datasets weights (w1 PREFIX1 w2 PREFIX2 ...): they then repeat",
+            )
+        return dataset
 
     def empty(self, part: int, data: IndexedDataset, samples: int | None) -> DataError:
         """What to say of a part that no number of epochs would fill."""
@@ -215,12 +228,11 @@ class _Sources:
             fix=f"give {name} a larger share, {way_out}",
         )
 
-    def report(self, part: int, datasets: Sequence[GPTDataset | None], weights: list[float], taken: list[int]) -> None:
+    def report(self, part: int, datasets: Sequence[GPTDataset], weights: list[float], taken: list[int]) -> None:
         """One line per source: what it gives to this part."""
         log.info(f" > {PARTS[part]}: {sum(taken)} samples of {self.seq_length} tokens")
         for dataset, weight, samples in zip(datasets, weights, taken, strict=True):
-            if dataset is not None:
-                begin, end = int(dataset.index.documents.min()), int(dataset.index.documents.max()) + 1
-                tokens = int(dataset.data.lengths[begin:end].sum(dtype="int64"))
-                epochs = samples * self.seq_length / tokens
-                log.info(f"     {weight:6.1%}  {epochs:8.3f} epochs of {tokens} tokens  {dataset.data.prefix}")
+            begin, end = int(dataset.index.documents.min()), int(dataset.index.documents.max()) + 1
+            tokens = int(dataset.data.lengths[begin:end].sum(dtype="int64"))
+            epochs = samples * self.seq_length / tokens
+            log.info(f"     {weight:6.1%}  {epochs:8.3f} epochs of {tokens} tokens  {dataset.data.prefix}")

@@ -257,7 +257,7 @@ def _wrong_size(data: IndexedDataset, tokens: int) -> DataError:
             str(path),
             found=f"{found}: one token more per document ({with_tokens} documents) than the index knows of",
             expected=expected,
-            fix="Megatron-DeepSpeed's --append-eod fault: documents drift; preprocess again with tools/preprocess_data.py",
+            fix="Megatron-DeepSpeed's --append-eod fault, documents drift: preprocess again with our tool",
         )
     what = "truncated or not yet fully copied" if data.bin_bytes < tokens * itemsize else "too long"
     return DataError(

@@ -81,8 +81,9 @@ class LocalTokenizer:
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of these ids; ids that we added read as their names."""
         parts = []
-        for is_own, run in groupby(map(int, ids), lambda token: token < self.own_size):
-            parts.append(self.decode(list(run)) if is_own else "".join(self.added[i - self.own_size] for i in run))
+        for is_own, group in groupby(map(int, ids), lambda token: token < self.own_size):
+            run = list(group)
+            parts.append(self.decode(run) if is_own else "".join(self.added[i - self.own_size] for i in run))
         return "".join(parts)
 
     def fingerprint(self) -> str:
@@ -199,8 +200,8 @@ def _tiktoken(ranks: dict[bytes, int]) -> Callable[[Sequence[str]], list[list[in
 def _sentencepiece(config: TokenizerConfig, name: str) -> Tokenizer:
     """A SentencePiece model under one of three names.
 
-    SentencePieceTokenizer adds <CLS> <SEP> <EOD> <MASK> and missing pad, bos and eos, and ends documents with <EOD>; the
-    others end them with the model's eos. Llama2Tokenizer begins each text with bos.
+    SentencePieceTokenizer adds <CLS> <SEP> <EOD> <MASK> and missing pad, bos and eos, and ends documents with <EOD>;
+    the others end them with the model's eos. Llama2Tokenizer begins each text with bos.
     """
     path = _file(config, "tokenizer-model", name)
     from sentencepiece import SentencePieceProcessor
@@ -242,7 +243,7 @@ def _hugging_face(config: TokenizerConfig, name: str) -> Tokenizer:
             f"--tokenizer-model {path.parent}",
             found="a folder without tokenizer.json",
             expected="one",
-            fix="a folder with only a SentencePiece tokenizer.model needs --tokenizer-type Llama2Tokenizer and that file",
+            fix="if it holds a SentencePiece tokenizer.model: --tokenizer-type Llama2Tokenizer and that file",
         )
     from tokenizers import Tokenizer as Library
 
@@ -272,7 +273,7 @@ def _end_of_text(path: Path, vocab: Mapping[str, int]) -> int:
             named = json.loads((path.parent / beside).read_text(encoding="utf-8")).get("eos_token")
         except (OSError, ValueError, AttributeError):
             continue
-        text = named.get("content") if isinstance(named, dict) else named
+        text = str(named.get("content") if isinstance(named, dict) else named)
         if text in vocab:
             return vocab[text]
     for text in _EOD_NAMES:

@@ -358,7 +358,7 @@ class _TensorBoard:
             self._writer.add_scalar(tag, value, iteration)
             self._writer.add_scalar(f"{tag} vs samples", value, samples)
             self._writer.add_scalar(f"{tag} vs tokens", value, tokens)
-        if iteration != self._iteration:
+        if iteration > self._iteration:  # once, however many groups of points an iteration has
             self._writer.add_scalar("steps-vs-samples/y=steps,x=samples", iteration, samples)
             self._writer.add_scalar("steps-vs-samples/y=samples,x=steps", samples, iteration)
             self._writer.add_scalar("steps-vs-tokens/y=steps,x=tokens", iteration, tokens)

@@ -77,6 +77,18 @@ def test_index_says_where_the_values_are(tmp_path: Path, monkeypatch: pytest.Mon
     assert torch.equal(rebuilt, w)
 
 
+def test_the_reader_printed_in_the_docs_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "checkpoint_format.md").read_text()
+    w, scalar = random_tensor((6, 5), torch.bfloat16, 1), torch.tensor(3)
+    halves = [Piece("w", (6, 5), Box((0, start), (6, n)), w[:, start : start + n]) for start, n in ((0, 2), (2, 3))]
+    assert save_all(monkeypatch, tmp_path, 100, [halves[:1], [*halves[1:], whole_piece("n", scalar)]]) == [None, None]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"json": json, "safe_open": safe_open}
+    exec(text.partition("```python\n")[2].partition("```")[0], names)
+    assert same_bits(names["tensor"]("w"), w)
+    assert names["tensor"]("n") == 3
+
+
 @pytest.mark.parametrize(
     "rows",
     [[(0, 2), (3, 4)], [(0, 3), (2, 4)], [(0, 4), (0, 4)], [(1, 4)], [(0, 2), (2, 3)]],

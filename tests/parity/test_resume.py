@@ -1,0 +1,66 @@
+"""Any checkpoint resumes on any layout: saved at (2,2,2), resumed elsewhere, the run goes on as if never interrupted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers.ranks import run_ranks
+from tests.parity.harness import STYLES, arguments, batches, resume, train, train_and_save
+from tests.parity.test_gpt import layout_arguments
+from tests.reference import gpt as oracle
+
+SAVED_AT = [*layout_arguments(2, 2), "--zero-stage", "1"]
+BEFORE, AFTER = 5, 10
+
+
+@pytest.fixture(scope="module", params=["fp32", "bf16"])
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], list[tuple[float, float]]]:
+    """A checkpoint after 5 steps on (2,2,2), and the history of the uninterrupted 15 steps there."""
+    directory = tmp_path_factory.mktemp(request.param)
+    flags = ["--bf16"] * (request.param == "bf16")
+    model = STYLES["gpt2"]
+    params = oracle.random_params(model, std=0.05)
+    data = batches(model, BEFORE + AFTER)
+    save = ["--save", str(directory), "--save-interval", "1000"]
+    run_ranks(train_and_save, 8, arguments(model, *SAVED_AT, *flags, *save), params, data[:BEFORE])
+    whole = run_ranks(train, 8, arguments(model, *SAVED_AT, *flags), params, data)
+    return directory, flags, whole[0].history[BEFORE:]
+
+
+def resumed(saved: tuple[Path, list[str], list[tuple[float, float]]], world: int, *layout: str) -> list[tuple[float, float]]:
+    model = STYLES["gpt2"]
+    argv = arguments(model, *layout, *saved[1], "--load", str(saved[0]))
+    return run_ranks(resume, world, argv, batches(model, BEFORE + AFTER)[BEFORE:])[0]
+
+
+def test_the_same_layout_goes_on_bit_by_bit(saved: tuple[Path, list[str], list[tuple[float, float]]]) -> None:
+    assert resumed(saved, 8, *SAVED_AT) == saved[2]
+
+
+@pytest.mark.parametrize(
+    ("tp", "pp", "dp", "zero"), [(1, 1, 1, 0), (4, 1, 1, 0), (1, 4, 1, 0), (1, 1, 4, 1), (1, 1, 2, 0)]
+)
+def test_another_layout_goes_on_within_rounding(
+    saved: tuple[Path, list[str], list[tuple[float, float]]], tp: int, pp: int, dp: int, zero: int
+) -> None:
+    got = resumed(saved, tp * pp * dp, *layout_arguments(tp, pp), "--zero-stage", str(zero))
+    loss, norm = (2e-2, 6e-2) if saved[1] else (2e-5, 5e-5)
+    for (got_loss, got_norm), (true_loss, true_norm) in zip(got, saved[2], strict=True):
+        assert got_loss == pytest.approx(true_loss, rel=loss)
+        assert got_norm == pytest.approx(true_norm, rel=norm)
+
+
+def test_a_bf16_checkpoint_starts_an_fp32_run_from_its_masters(tmp_path: Path) -> None:
+    model = STYLES["gpt2"]
+    params = oracle.random_params(model, std=0.05)
+    data = batches(model, 1)
+    save = ["--save", str(tmp_path), "--save-interval", "1000"]
+    # No step is taken, so the masters are the oracle's weights to the last bit.
+    run_ranks(train_and_save, 2, arguments(model, *layout_arguments(2, 1), "--bf16", *save), params, [])
+    loaded = run_ranks(resume, 1, arguments(model, "--load", str(tmp_path)), data)[0]
+    fresh = run_ranks(train, 1, arguments(model), params, data)[0].history
+    assert loaded == fresh
+    assert all(torch.isfinite(torch.tensor(fresh)).flatten())
