@@ -1,15 +1,15 @@
-"""Pretrain GPT: torchrun --nproc-per-node 2 pretrain_gpt.py --tensor-model-parallel-size 2 ... (--help lists all flags)."""
+"""Pretrain GPT: torchrun --nproc-per-node 2 pretrain_gpt.py --tensor-model-parallel-size 2 ... (--help for all)."""
 
 from __future__ import annotations
 
 import torch
 
+from megatron_ds import pretrain
 from megatron_ds.data.datasets import Datasets, build_gpt_datasets
 from megatron_ds.data.loader import GPTBatch
 from megatron_ds.model.gpt import GPTModel
 from megatron_ds.plan import SampleCounts
-from megatron_ds.training.pretrain import pretrain
-from megatron_ds.training.run import Run, Stage
+from megatron_ds.training.run import Loss, Run, Stage
 
 
 def model_provider(run: Run, stage: Stage) -> GPTModel:
@@ -26,7 +26,7 @@ def model_provider(run: Run, stage: Stage) -> GPTModel:
     )
 
 
-def forward_step(batch: GPTBatch, model: torch.nn.Module, upstream: torch.Tensor | None):
+def forward_step(batch: GPTBatch, model: torch.nn.Module, upstream: torch.Tensor | None) -> tuple[torch.Tensor, Loss]:
     """Run one micro-batch; on the last stage the loss is summed over target tokens."""
     losses = model(batch.tokens, batch.position_ids, upstream, batch.labels)
 

@@ -12,4 +12,16 @@ The rooms, from the ground up (docs/architecture.md draws them; imports only poi
     F7  pretrain_*.py, tools/                        recipes
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """`from megatron_ds import pretrain`, without importing torch for those who only want the data tools."""
+    if name == "pretrain":
+        return importlib.import_module("megatron_ds.training.pretrain").pretrain
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -22,11 +22,11 @@ SPLIT=94,4,2
 CPU_ITERS=200
 CPU_CORPUS=()
 CPU_MODEL=(--num-layers 6 --hidden-size 384 --num-attention-heads 6 --seq-length 256 --max-position-embeddings 256
-    --micro-batch-size 8 --global-batch-size 16 --lr 1e-3 --min-lr 1e-4 --lr-warmup-iters 20 --eval-iters 8)
+    --micro-batch-size 8 --global-batch-size 16 --lr 1e-3 --min-lr 1e-4 --lr-warmup-fraction 0.1 --eval-iters 8)
 GPU_ITERS=1000
 GPU_CORPUS=(--include-tests)
 GPU_MODEL=(--num-layers 12 --hidden-size 768 --num-attention-heads 12 --seq-length 512 --max-position-embeddings 512
-    --micro-batch-size 16 --global-batch-size 32 --lr 6e-4 --min-lr 6e-5 --lr-warmup-iters 100 --eval-iters 8)
+    --micro-batch-size 16 --global-batch-size 32 --lr 6e-4 --min-lr 6e-5 --lr-warmup-fraction 0.1 --eval-iters 8)
 COMMON=(--lr-decay-style cosine --weight-decay 0.1 --adam-beta2 0.95 --clip-grad 1.0
     --attention-dropout 0 --hidden-dropout 0 --seed 1234 --log-interval 10)
 SAMPLE=(--prompt "def " --max-new-tokens 120)
@@ -151,7 +151,8 @@ preprocess() {
 
 # The target is the next multiple of ITERS: an interrupted run is finished first, a finished one goes on as long again.
 train() {
-    local behind=0 target every=$((ITERS < 8 ? 1 : ITERS / 8)) resume=()
+    local behind=0 target resume=()
+    local eval_every=$(((ITERS + 7) / 8)) save_every=$(((ITERS + 1) / 2))
     if [[ -e "$LATEST" ]]; then
         behind="$(cat "$LATEST")"
         resume=(--load "$OUT/checkpoints")
@@ -165,7 +166,7 @@ train() {
     run torchrun --standalone --nproc-per-node "$RANKS" pretrain_gpt.py \
         "${PARALLEL[@]}" "${MODEL[@]}" "${COMMON[@]}" --train-iters "$target" \
         --data-path "$DATA" --split "$SPLIT" --vocab-file "$OUT/vocab.json" --merge-file "$OUT/merges.txt" \
-        --eval-interval "$every" --save-interval "$every" --save "$OUT/checkpoints" ${resume[@]+"${resume[@]}"} \
+        --eval-interval "$eval_every" --save-interval "$save_every" --save "$OUT/checkpoints" ${resume[@]+"${resume[@]}"} \
         --tensorboard-dir "$OUT/tensorboard" --metrics-file "$OUT/metrics.jsonl" && return
     local code=$?
     echo "training stopped (code $code); the same command resumes from the last checkpoint in $OUT/checkpoints" >&2
@@ -178,13 +179,13 @@ import json, math, sys
 
 KEY = "validation lm loss"
 rows = [json.loads(line) for line in open(sys.argv[1]) if KEY in line]
-points = [(row["iteration"], row[KEY]) for row in rows if KEY in row]
-print(f"    a guess would score {math.log(int(sys.argv[2])):.2f}")
-for iteration, loss in points[:: max(1, len(points) // 8)]:
-    print(f"    iteration {iteration:6d}  {loss:.3f}  " + "#" * round(5 * loss))
-if points:
-    (first, high), (last, low) = points[0], points[-1]
-    print(f"    from {high:.3f} at iteration {first} to {low:.3f} at iteration {last}")
+points = sorted({row["iteration"]: row[KEY] for row in rows}.items())
+step = max(1, round(len(points) / 8))
+print(f"    a guess among {sys.argv[2]} tokens  {math.log(int(sys.argv[2])):.3f}")
+for iteration, loss in points[:-1:step] + points[-1:]:
+    print(f"    iteration {iteration:6d}           {loss:.3f}  " + "#" * round(5 * loss))
+(first, high), (last, low) = points[0], points[-1]
+print(f"    from {high:.3f} at iteration {first} to {low:.3f} at iteration {last}")
 PY
 }
 

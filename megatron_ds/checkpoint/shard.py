@@ -9,13 +9,14 @@ Written by hand because pieces are often strided views or lie on another device:
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -104,7 +105,7 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
-def open_shard(path: Path) -> BinaryIO:
+def open_shard(path: Path) -> io.FileIO:
     """Open for unbuffered reading; a symbolic link is not followed.
 
     Raises: OSError
@@ -154,7 +155,7 @@ def _begin(entry: Any) -> int | None:
 
 
 def read_box(
-    file: BinaryIO, offset: int, shape: tuple[int, ...], dtype: torch.dtype, box: Box, target: torch.Tensor
+    file: io.FileIO, offset: int, shape: tuple[int, ...], dtype: torch.dtype, box: Box, target: torch.Tensor
 ) -> None:
     """Copy one box of the tensor stored at `offset` into `target`, converting its dtype.
 
@@ -180,16 +181,16 @@ def read_box(
             block.copy_(buffer.as_strided(block.shape, strides))
 
 
-def _fill(file: BinaryIO, into: memoryview) -> None:
+def _fill(file: io.FileIO, into: memoryview) -> None:
     done = 0
     while done < len(into):
-        count = file.readinto(into[done:])  # type: ignore[attr-defined]
+        count = file.readinto(into[done:])
         if not count:
             raise EOFError(f"the file ends {len(into) - done} bytes early")
         done += count
 
 
-def _read(file: BinaryIO, count: int) -> bytes:
+def _read(file: io.FileIO, count: int) -> bytes:
     buffer = bytearray(count)
     _fill(file, memoryview(buffer))
     return bytes(buffer)

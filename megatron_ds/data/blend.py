@@ -112,7 +112,7 @@ class BlendedDataset:
         return len(self.source)
 
     def __getitem__(self, row: int) -> npt.NDArray[np.int64]:
-        return self.datasets[self.source[row]][int(self.sample[row])]
+        return self.datasets[int(self.source[row])][int(self.sample[row])]
 
 
 def _greedy(weights: Weights, size: int) -> npt.NDArray[np.int16]:

@@ -117,10 +117,11 @@ def preprocess(
             for key, encoded in result.by_key.items():
                 builders[key].add_block(encoded.tokens, encoded.lengths, encoded.sequences_per_document)
             meter.add(result, position)
-        documents = next(iter(builders.values())).documents
-        if not documents:
-            raise DataError(", ".join(inputs), found="no document", expected="one JSON object per line")
         tokens = {key: builder.tokens for key, builder in builders.items()}
+        for key, count in tokens.items():
+            if not count:
+                raise DataError(", ".join(inputs), found=f"no text under {key!r}", expected="one JSON object per line")
+        documents = next(iter(builders.values())).documents
         for builder in builders.values():
             builder.finalize(_sidecar(builder, tokenizer, append_eod))
     meter.finish()

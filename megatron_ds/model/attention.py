@@ -24,7 +24,14 @@ class SelfAttention(nn.Module):
     """
 
     def __init__(
-        self, config: TransformerConfig, layer: int, *, tp: Axis, kernels: Kernels, streams: DropoutStreams, **factory: Any
+        self,
+        config: TransformerConfig,
+        layer: int,
+        *,
+        tp: Axis,
+        kernels: Kernels,
+        streams: DropoutStreams,
+        **factory: Any,
     ):
         super().__init__()
         assert config.hidden_size and config.num_attention_heads and config.num_layers
@@ -35,13 +42,21 @@ class SelfAttention(nn.Module):
         parts = (self.width, config.kv_heads * config.head_size, config.kv_heads * config.head_size)
         std = config.init_method_std
         self.linear_qkv = ColumnParallelLinear(
-            config.hidden_size, parts, bias=config.add_bias_linear or config.add_qkv_bias, init=Init("normal", std), tp=tp,
+            config.hidden_size,
+            parts,
+            bias=config.add_bias_linear or config.add_qkv_bias,
+            init=Init("normal", std),
+            tp=tp,
             **factory,
-        )  # fmt: skip
+        )
         self.linear_proj = RowParallelLinear(
-            self.width, config.hidden_size, bias=config.add_bias_linear,
-            init=Init("normal", std / math.sqrt(2 * config.num_layers)), tp=tp, **factory,
-        )  # fmt: skip
+            self.width,
+            config.hidden_size,
+            bias=config.add_bias_linear,
+            init=Init("normal", std / math.sqrt(2 * config.num_layers)),
+            tp=tp,
+            **factory,
+        )
 
     def forward(self, x: torch.Tensor, rope: torch.Tensor | None) -> torch.Tensor:
         """Attend to earlier positions."""

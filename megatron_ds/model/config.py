@@ -34,7 +34,9 @@ class TransformerConfig:
     )
     use_rotary_position_embeddings: bool = arg(False, "The same as --position-embedding-type rope.")
     rotary_percent: float = arg(1.0, "Share of each head's features that rope turns.")
-    rotary_base: float = arg(10000.0, "Base of rope's wavelengths.", "--rotary-base", "--rotary-position-embeddings-theta")
+    rotary_base: float = arg(
+        10000.0, "Base of rope's wavelengths.", "--rotary-base", "--rotary-position-embeddings-theta"
+    )
     normalization: str = arg("LayerNorm", "LayerNorm or RMSNorm.", parse=_norm_type)
     norm_epsilon: float = arg(1e-5, "Epsilon of the norms.", "--norm-epsilon", "--layernorm-epsilon")
     swiglu: bool = arg(False, "Gated MLP silu(gate) * up instead of GELU.")

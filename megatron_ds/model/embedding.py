@@ -93,9 +93,17 @@ class GPTEmbedding(nn.Module):
     """
 
     def __init__(
-        self, vocab: Vocab, hidden: int, max_positions: int | None, *, dropout: float, init: Init, tp: Axis,
-        streams: DropoutStreams, **factory: Any,
-    ):  # fmt: skip
+        self,
+        vocab: Vocab,
+        hidden: int,
+        max_positions: int | None,
+        *,
+        dropout: float,
+        init: Init,
+        tp: Axis,
+        streams: DropoutStreams,
+        **factory: Any,
+    ):
         super().__init__()
         self.word_embeddings = VocabParallelEmbedding(vocab, hidden, init=init, tp=tp, **factory)
         self.position_embeddings = (

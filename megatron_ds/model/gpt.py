@@ -60,13 +60,22 @@ class GPTModel(nn.Module):
         assert config.hidden_size
         self.config, self.vocab, self.stage, self.tp = config, vocab, stage, tp
         self.tied = not config.untie_embeddings_and_output_weights
-        shared = {"tp": tp, "kernels": kernels or Kernels(), "streams": streams or DropoutStreams(0, tp.rank), **factory}
+        shared = {
+            "tp": tp,
+            "kernels": kernels or Kernels(),
+            "streams": streams or DropoutStreams(0, tp.rank),
+            **factory,
+        }
         table = {"init": Init("normal", config.init_method_std), "tp": tp, **factory}
         if stage.is_first:
             self.embedding: nn.Module = GPTEmbedding(
-                vocab, config.hidden_size, None if config.uses_rope else max_positions,
-                dropout=config.hidden_dropout, streams=shared["streams"], **table,
-            )  # fmt: skip
+                vocab,
+                config.hidden_size,
+                None if config.uses_rope else max_positions,
+                dropout=config.hidden_dropout,
+                streams=shared["streams"],
+                **table,
+            )
         elif stage.is_last and self.tied:
             self.embedding = TiedHead(vocab, config.hidden_size, **table)
         layers = range(stage.start, stage.stop)

@@ -24,6 +24,7 @@ class Norm(nn.Module):
 
     def __init__(self, config: TransformerConfig, kernels: Kernels, **factory: Any):
         super().__init__()
+        assert config.hidden_size
         centred = config.normalization == "LayerNorm"
         self.call, self.eps = kernels.layer_norm if centred else kernels.rms_norm, config.norm_epsilon
         self.weight = nn.Parameter(torch.empty(config.hidden_size, **factory))
@@ -47,7 +48,14 @@ class TransformerLayer(nn.Module):
     """
 
     def __init__(
-        self, config: TransformerConfig, number: int, *, tp: Axis, kernels: Kernels, streams: DropoutStreams, **factory: Any
+        self,
+        config: TransformerConfig,
+        number: int,
+        *,
+        tp: Axis,
+        kernels: Kernels,
+        streams: DropoutStreams,
+        **factory: Any,
     ):
         super().__init__()
         self.number, self.kernels, self.streams, self.dropout = number, kernels, streams, config.hidden_dropout
@@ -58,7 +66,9 @@ class TransformerLayer(nn.Module):
 
     def forward(self, x: torch.Tensor, rope: torch.Tensor | None) -> torch.Tensor:
         """Both residual branches."""
-        x = self.add(self.self_attention(self.input_layernorm(x), rope), self.self_attention.linear_proj.bias, x, "proj")
+        x = self.add(
+            self.self_attention(self.input_layernorm(x), rope), self.self_attention.linear_proj.bias, x, "proj"
+        )
         return self.add(self.mlp(self.pre_mlp_layernorm(x)), self.mlp.linear_fc2.bias, x, "mlp")
 
     def add(self, branch: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor, site: str) -> torch.Tensor:

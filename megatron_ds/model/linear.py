@@ -19,9 +19,7 @@ from megatron_ds.parallel.spec import Init, ParamSpec, Split
 
 class _ColumnLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, axis: Axis
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, axis: Axis) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.axis, ctx.has_bias = axis, bias is not None
         return F.linear(x, weight, bias)

@@ -32,7 +32,9 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         if not valid:
             logp.fill_(-torch.inf)
         target_logit = flat.gather(-1, column).squeeze(-1).float()
-        log_sum = target_logit - logp.gather(-1, column).squeeze(-1) if valid else torch.full_like(target_logit, -torch.inf)
+        log_sum = (
+            target_logit - logp.gather(-1, column).squeeze(-1) if valid else torch.full_like(target_logit, -torch.inf)
+        )
         peak = all_reduce(log_sum.clone(), tp, "max")
         merged = torch.stack(((log_sum - peak).exp(), target_logit.masked_fill(~here, 0.0)))
         all_reduce(merged, tp)
@@ -49,9 +51,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return scaled.view(*upstream.shape, -1), None, None, None
 
 
-def vocab_parallel_cross_entropy(
-    logits: torch.Tensor, targets: torch.Tensor, vocab: Vocab, tp: Axis
-) -> torch.Tensor:
+def vocab_parallel_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, vocab: Vocab, tp: Axis) -> torch.Tensor:
     """-log softmax(logits)[target], per token, in fp32; consumes `logits`.
 
     Shapes: logits [s, b, v/tp], targets [s, b] -> [s, b]

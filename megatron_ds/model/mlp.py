@@ -28,13 +28,21 @@ class MLP(nn.Module):
         f, std = config.ffn_size, config.init_method_std
         self.activation = kernels.swiglu if config.swiglu else kernels.gelu
         self.linear_fc1 = ColumnParallelLinear(
-            config.hidden_size, (f, f) if config.swiglu else (f,), bias=config.add_bias_linear, init=Init("normal", std),
-            tp=tp, **factory,
-        )  # fmt: skip
+            config.hidden_size,
+            (f, f) if config.swiglu else (f,),
+            bias=config.add_bias_linear,
+            init=Init("normal", std),
+            tp=tp,
+            **factory,
+        )
         self.linear_fc2 = RowParallelLinear(
-            f, config.hidden_size, bias=config.add_bias_linear, init=Init("normal", std / math.sqrt(2 * config.num_layers)),
-            tp=tp, **factory,
-        )  # fmt: skip
+            f,
+            config.hidden_size,
+            bias=config.add_bias_linear,
+            init=Init("normal", std / math.sqrt(2 * config.num_layers)),
+            tp=tp,
+            **factory,
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """fc2(activation(fc1(x)))."""

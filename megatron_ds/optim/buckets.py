@@ -184,6 +184,12 @@ def _allocate(
     start, stop = (dp.rank * share, (dp.rank + 1) * share) if sharded else (0, size)
     (over,) = {spec.partial_over for spec in specs}
     return Bucket(
-        specs, offsets, torch.zeros(size, dtype=dtype, device=device),
-        torch.zeros(size, dtype=torch.float32, device=device), start, stop, dp, axes[over[0]] if over else None,
-    )  # fmt: skip
+        specs,
+        offsets,
+        torch.zeros(size, dtype=dtype, device=device),
+        torch.zeros(size, dtype=torch.float32, device=device),
+        start,
+        stop,
+        dp,
+        axes[over[0]] if over else None,
+    )

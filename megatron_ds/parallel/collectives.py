@@ -38,7 +38,7 @@ def all_reduce_async(tensor: torch.Tensor, axis: Axis) -> Any:
 
 
 def reduce_scatter_async(shard: torch.Tensor, full: torch.Tensor, axis: Axis) -> Any:
-    """Start summing `full` over the axis, keeping this rank's 1/size of it in `shard`, which may be a view of `full`."""
+    """Start summing `full` over the axis, keeping this rank's part of it in `shard`, which may be a view of `full`."""
     return _reduce_scatter(shard, full, group=axis.group, async_op=True) if axis.size > 1 else Done()
 
 

@@ -88,9 +88,13 @@ def start(config: ParallelConfig, sizes: dict[str, int], device: torch.device) -
     backend = config.distributed_backend or ("nccl" if device.type == "cuda" else "gloo")
     timeout = timedelta(minutes=config.distributed_timeout_minutes)
     dist.init_process_group(
-        backend, store=_store(timeout), rank=log.rank(), world_size=world_size, timeout=timeout,
+        backend,
+        store=_store(timeout),
+        rank=log.rank(),
+        world_size=world_size,
+        timeout=timeout,
         device_id=device if backend == "nccl" else None,
-    )  # fmt: skip
+    )
     mesh = init_device_mesh(device.type, tuple(sizes[name] for name in AXES), mesh_dim_names=AXES)
     axes = {name: _axis(name, mesh.get_group(name)) if sizes[name] > 1 else Axis.solo(name) for name in AXES}
     return ParallelContext(
@@ -118,7 +122,7 @@ def _embedding_axis(mesh: torch.Tensor, pp: Axis, timeout: timedelta) -> Axis:
     return _axis("embedding", group) if pp.is_first or pp.is_last else Axis.solo("embedding")
 
 
-def _store(timeout: timedelta) -> dist.Store:
+def _store(timeout: timedelta) -> Any:
     """The rendezvous store, one name space per restart.
 
     torchrun's agent keeps one store over all restarts of a job; without a prefix a restarted rank reads the dead
@@ -128,9 +132,13 @@ def _store(timeout: timedelta) -> dist.Store:
     address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "29500"))
     agent_keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
-    store = dist.TCPStore(
-        address, port, world_size=log.world_size(), is_master=log.rank() == 0 and not agent_keeps_store,
-        timeout=timeout, multi_tenant=True,
-    )  # fmt: skip
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        address,
+        port,
+        world_size=log.world_size(),
+        is_master=log.rank() == 0 and not agent_keeps_store,
+        timeout=timeout,
+        multi_tenant=True,
+    )
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if agent_keeps_store and one_node else "0"
-    return dist.PrefixStore(f"megatron_ds/{attempt}", store)
+    return dist.PrefixStore(f"megatron_ds/{attempt}", store)  # type: ignore[attr-defined]

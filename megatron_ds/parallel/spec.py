@@ -1,8 +1,8 @@
 """Sharding as arithmetic: which elements of a global parameter lie where in a local tensor.
 
-Words. A *box* is a rectangle of a global tensor (start and shape per dim). A *region* pairs a box of the local tensor with
-the box of the global tensor that it holds. A *piece* is a region with the values in it. Model, optimizer and checkpoint
-speak of parameters in these words only, so that any layout can load what any other layout saved.
+Words. A *box* is a rectangle of a global tensor (start and shape per dim). A *region* pairs a box of the local tensor
+with the box of the global tensor that it holds. A *piece* is a region with the values in it. Model, optimizer and
+checkpoint speak of parameters in these words only, so that any layout can load what any other layout saved.
 """
 
 from __future__ import annotations
@@ -110,7 +110,9 @@ class ParamSpec:
             count = min(share, self.shape[dim] - start)
             if count > 0:
                 shape = _replace(self.shape, dim, count)
-                out.append(Region(Box(_replace(zeros, dim, local_start), shape), Box(_replace(zeros, dim, start), shape)))
+                out.append(
+                    Region(Box(_replace(zeros, dim, local_start), shape), Box(_replace(zeros, dim, start), shape))
+                )
             local_start += share
             global_start += size
         return out

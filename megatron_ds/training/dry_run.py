@@ -63,7 +63,7 @@ def report(run: Run, recipe: Recipe, vocab_note: str) -> str:
     sections = [
         _layout(run),
         _batch(run),
-        f"model\n  parameters       {total:,} ({plan.vocab.padded - plan.vocab.size} padding rows of the vocabulary left out)\n"
+        f"model\n  parameters       {total:,} (without the padding of the vocabulary)\n"
         f"  vocabulary       {plan.vocab.size:,} tokens, padded to {plan.vocab.padded:,} ({vocab_note})",
         _memory(run, recipe),
         _schedule(run),
@@ -80,14 +80,13 @@ def _layout(run: Run) -> str:
         f"  world size       {plan.world_size} = "
         + " x ".join(f"{name} {size}" for name, size in sizes.items())
         + f", ZeRO stage {plan.zero_stage}, {'bf16' if run.config.precision.bf16 else 'fp32'}",
-        f"  {'stage':>5}  {'layers':<12} {'ranks (dp x tp)'}",
+        f"  {'stage':>5}  {'layers':<26} ranks",
     ]
     for number, stage in enumerate(plan.stages):
         ranks = [r for r in range(plan.world_size) if coordinates(r, sizes)["pp"] == number]
         ends = ("embedding, " if stage.is_first else "") + f"{stage.start}-{stage.stop - 1}"
         ends += ", head" if stage.is_last else ""
         lines.append(f"  {number:>5}  {ends:<26} {ranks[0]}-{ranks[-1]}")
-    lines[2] = f"  {'stage':>5}  {'layers':<26} ranks"
     return "\n".join(lines)
 
 
@@ -98,13 +97,16 @@ def _batch(run: Run) -> str:
         "batch\n"
         f"  global batch     {plan.global_batch_size} samples = {plan.micro_batch_size} per micro-batch x "
         f"{plan.num_microbatches} micro-batches x {dp} data-parallel ranks; {plan.tokens_per_batch:,} tokens\n"
-        f"  iterations       {plan.train_iters:,}, {counts.train:,} samples; validation {counts.valid:,}, test {counts.test:,}"
+        f"  iterations       {plan.train_iters:,}\n"
+        f"  samples          {counts.train:,} to train on, {counts.valid:,} to validate on, {counts.test:,} to test on"
     )
 
 
 def _memory(run: Run, recipe: Recipe) -> str:
     lines = ["per rank (GiB; activations by formula, without the logits)"]
-    lines.append(f"  {'stage':>5} {'parameters':>14} {'params':>8} {'grads':>8} {'optim':>8} {'activ.':>8} {'total':>8}")
+    lines.append(
+        f"  {'stage':>5} {'parameters':>14} {'params':>8} {'grads':>8} {'optim':>8} {'activ.':>8} {'total':>8}"
+    )
     for number, cost in enumerate(stage_costs(run, recipe)):
         parts = (cost.params_bytes, cost.grads_bytes, cost.optimizer_bytes, cost.activation_bytes, cost.total_bytes)
         lines.append(f"  {number:>5} {cost.parameters:>14,} " + " ".join(f"{part / GIB:>8.2f}" for part in parts))

@@ -61,15 +61,28 @@ def build_engine(run: Run, recipe: Recipe) -> Engine:
     model = recipe.model(run, plan.stages[parallel.pp.rank])
     table = model.table()
     buckets = Buckets(
-        model, table, dp=parallel.dp, tp_size=parallel.tp.size, axes={"embedding": parallel.embedding},
-        sharded=plan.zero_stage >= 1, capacity=optimizer.reduce_bucket_size, overlap=optimizer.overlap_grad_reduce,
-        dtype=run.dtype, device=run.device,
-    )  # fmt: skip
+        model,
+        table,
+        dp=parallel.dp,
+        tp_size=parallel.tp.size,
+        axes={"embedding": parallel.embedding},
+        sharded=plan.zero_stage >= 1,
+        capacity=optimizer.reduce_bucket_size,
+        overlap=optimizer.overlap_grad_reduce,
+        dtype=run.dtype,
+        device=run.device,
+    )
     hidden = run.config.model.hidden_size
     assert hidden
     executor = Executor(
-        model, recipe.forward_step, buckets, pp=parallel.pp, streams=run.streams,
+        model,
+        recipe.forward_step,
+        buckets,
+        pp=parallel.pp,
+        streams=run.streams,
         wire=Wire((plan.seq_length, plan.micro_batch_size, hidden), run.dtype, run.device),
         loss_scale=1.0 / plan.tokens_per_batch,
-    )  # fmt: skip
-    return Engine(run, model, table, buckets, ZeroOptimizer(buckets, optimizer, tp=parallel.tp, dp=parallel.dp), executor)
+    )
+    return Engine(
+        run, model, table, buckets, ZeroOptimizer(buckets, optimizer, tp=parallel.tp, dp=parallel.dp), executor
+    )

@@ -52,9 +52,14 @@ class Loop:
         while self.progress.iteration < plan.train_iters and not stopped:
             begun = time.perf_counter()
             result = train_step(
-                self.engine, self.schedule, self.progress, batches, self.timers,
-                stop=self.stop(), out_of_time=self._out_of_time(),
-            )  # fmt: skip
+                self.engine,
+                self.schedule,
+                self.progress,
+                batches,
+                self.timers,
+                stop=self.stop(),
+                out_of_time=self._out_of_time(),
+            )
             self.progress = self.progress.after_step(plan.global_batch_size, result.skipped)
             self._log(result, time.perf_counter() - begun)
             stopped = result.stop
@@ -89,7 +94,9 @@ class Loop:
     def _validate(self) -> bool:
         training, plan = self.engine.run.config.training, self.engine.run.plan
         assert self.valid_batches
-        stopped = self._evaluate(self.valid_batches(self.progress), f"iteration {self.progress.iteration}", "validation")
+        stopped = self._evaluate(
+            self.valid_batches(self.progress), f"iteration {self.progress.iteration}", "validation"
+        )
         self.progress = self.progress.after_validation(training.eval_iters * plan.global_batch_size)
         return stopped
 

@@ -16,13 +16,15 @@ from megatron_ds import log
 from megatron_ds.config import Config, parse
 from megatron_ds.data.loader import MicrobatchLoader
 from megatron_ds.data.tokenizer import Tokenizer, build_tokenizer, planned_vocab_size
-from megatron_ds.errors import EXIT_FAULT, EXIT_RESUBMIT, ConfigError, UserError
+from megatron_ds.errors import EXIT_FAULT, EXIT_RESUBMIT, ConfigError, ConfigErrors, UserError
 from megatron_ds.kernels.table import Kernels
 from megatron_ds.optim.lr import lr_schedule
 from megatron_ds.parallel import context, launch
+from megatron_ds.parallel.collectives import gather_bytes
 from megatron_ds.parallel.context import ParallelContext
 from megatron_ds.parallel.rng import DropoutStreams
 from megatron_ds.plan import Plan, make_plan
+from megatron_ds.rules import check_config
 from megatron_ds.timers import Timers
 from megatron_ds.training import dry_run
 from megatron_ds.training.engine import Engine, build_engine
@@ -30,7 +32,7 @@ from megatron_ds.training.flops import train_flops_per_token
 from megatron_ds.training.loop import Loop
 from megatron_ds.training.metrics import Metrics
 from megatron_ds.training.progress import Progress
-from megatron_ds.training.resume import checkpoint_to_load, load_checkpoint
+from megatron_ds.training.resume import check_save_directory, checkpoint_to_load, load_checkpoint
 from megatron_ds.training.run import Datasets, DatasetsProvider, ForwardStep, ModelProvider, Recipe, Run
 from megatron_ds.training.signals import StopRequest
 
@@ -46,34 +48,36 @@ def pretrain(
 
     args_defaults: values of config fields that the recipe prefers; what is typed wins.
     """
-    recipe = Recipe(train_valid_test_datasets_provider, model_provider, forward_step)
-    code = _guarded(lambda: _main(recipe, args_defaults or {}, sys.argv[1:] if argv is None else argv))
+    recipe, stop = Recipe(train_valid_test_datasets_provider, model_provider, forward_step), StopRequest()
+    words = sys.argv[1:] if argv is None else argv
+    code = _guarded(lambda: _main(recipe, args_defaults or {}, words, stop), stop)
     if code:
         sys.exit(code)
 
 
-def _main(recipe: Recipe, defaults: Mapping[str, Any], argv: Sequence[str]) -> int:
+def _main(recipe: Recipe, defaults: Mapping[str, Any], argv: Sequence[str], stop: StopRequest) -> int:
     begun = time.monotonic()
     launch.adopt_environment()
     config = parse(argv, defaults)
     if config.training.dry_run:
         return _dry_run(recipe, config)
-    stop = StopRequest()
+    stop.listen()
+    check_config(config, log.world_size())
+    device = _device(config)
     tokenizer = _tokenizer(config)
     vocab_size = tokenizer.vocab_size if tokenizer else planned_vocab_size(config.tokenizer, "GPT2BPETokenizer")[0]
     plan = make_plan(config, log.world_size(), vocab_size)
     checkpoint = checkpoint_to_load(config)
+    check_save_directory(config)
     _announce(config, plan)
-    device = _device(config)
     run = _join(config, plan, tokenizer, device)
+    engine = build_engine(run, recipe)
+    # A checkpoint that does not fit is found before index files are written; initial values can wait for the data.
+    progress = Progress() if checkpoint is None else load_checkpoint(engine, checkpoint)
     datasets = recipe.datasets(run, plan.samples)
     _say_time("after dataloaders are built")
-    engine = build_engine(run, recipe)
     if checkpoint is None:
         engine.initialise()
-        progress = Progress()
-    else:
-        progress = load_checkpoint(engine, checkpoint)
     _say_size(engine)
     _say_time("after model, optimizer, and learning rate scheduler are built")
     stopped = _train_and_test(_loop(engine, recipe, datasets, progress, stop, begun), datasets, engine)
@@ -108,13 +112,19 @@ def _loop(
     run, plan, training = engine.run, engine.run.plan, engine.run.config.training
     synchronise = torch.cuda.synchronize if run.device.type == "cuda" else None
     metrics = Metrics(
-        run.config.logging, train_iters=plan.train_iters, world_size=plan.world_size, sequence_length=plan.seq_length,
-        writes=log.rank() == log.world_size() - 1, start_iteration=progress.iteration,
-    )  # fmt: skip
+        run.config.logging,
+        train_iters=plan.train_iters,
+        world_size=plan.world_size,
+        sequence_length=plan.seq_length,
+        writes=log.rank() == log.world_size() - 1,
+        start_iteration=progress.iteration,
+    )
     valid = datasets.valid if training.eval_iters else None
     return Loop(
         engine,
-        lr_schedule(run.config.lr, run.config.optimizer, training.train_samples, plan.global_batch_size, training.train_iters),
+        lr_schedule(
+            run.config.lr, run.config.optimizer, training.train_samples, plan.global_batch_size, training.train_iters
+        ),
         metrics,
         Timers(run.config.logging.timing_log_level, synchronise),
         progress,
@@ -129,11 +139,17 @@ def _loop(
 def _loader(run: Run, dataset: Any, consumed_samples: int) -> Iterator[Any]:
     data = run.config.data
     return MicrobatchLoader(
-        dataset, consumed_samples=consumed_samples, micro_batch_size=run.plan.micro_batch_size,
-        dp_rank=run.parallel.dp.rank, dp_size=run.parallel.dp.size, dataloader_type=data.dataloader_type,
-        num_workers=data.num_workers, eod=run.tokenizer.eod if run.tokenizer else None, eod_mask_loss=data.eod_mask_loss,
+        dataset,
+        consumed_samples=consumed_samples,
+        micro_batch_size=run.plan.micro_batch_size,
+        dp_rank=run.parallel.dp.rank,
+        dp_size=run.parallel.dp.size,
+        dataloader_type=data.dataloader_type,
+        num_workers=data.num_workers,
+        eod=run.tokenizer.eod if run.tokenizer else None,
+        eod_mask_loss=data.eod_mask_loss,
         reset_position_ids=data.reset_position_ids,
-    )  # fmt: skip
+    )
 
 
 def _dry_run(recipe: Recipe, config: Config) -> int:
@@ -171,9 +187,11 @@ def _device(config: Config) -> torch.device:
     local = int(os.environ["LOCAL_RANK"])
     if local >= torch.cuda.device_count():
         raise ConfigError(
-            "--nproc-per-node", f"local rank {local} on a machine with {torch.cuda.device_count()} GPUs",
-            "a GPU for every rank", f"torchrun --nproc-per-node {torch.cuda.device_count()}, or --device cpu",
-        )  # fmt: skip
+            "--nproc-per-node",
+            f"local rank {local} on a machine with {torch.cuda.device_count()} GPUs",
+            "a GPU for every rank",
+            f"torchrun --nproc-per-node {torch.cuda.device_count()}, or --device cpu",
+        )
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
 
@@ -203,11 +221,14 @@ def _announce(config: Config, plan: Plan) -> None:
 
 
 def _say_size(engine: Engine) -> None:
+    """Comm: gathers one line per rank over the world."""
     parallel = engine.run.parallel
-    if parallel.dp.is_first:
-        count = sum(parameter.numel() for parameter in engine.model.parameters())
-        where = f"({parallel.tp.rank}, {parallel.pp.rank})"
-        print(f" > number of parameters on (tensor, pipeline) model parallel rank {where}: {count}", flush=True)
+    count = sum(parameter.numel() for parameter in engine.model.parameters())
+    where = f"({parallel.tp.rank}, {parallel.pp.rank})"
+    line = f" > number of parameters on (tensor, pipeline) model parallel rank {where}: {count}"
+    for row in gather_bytes(line.encode() if parallel.dp.is_first else b"", parallel.world):
+        if row:
+            log.info(row.decode())
 
 
 def _say_time(what: str) -> None:
@@ -217,19 +238,19 @@ def _say_time(what: str) -> None:
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
 
 
-def _guarded(work: Callable[[], int]) -> int:
+def _guarded(work: Callable[[], int], stop: StopRequest) -> int:
     """Turn whatever goes wrong into one message and an exit code.
 
-    A mistake that every rank finds is told by rank 0 alone: the others wait for the launcher to end them, and speak only
-    if nobody has.
+    A mistake that every rank finds is told by rank 0 alone: the others wait for the launcher to stop them, and speak
+    only if it has not.
     """
     try:
         return work()
     except UserError as error:
-        if log.rank() != 0:
-            time.sleep(5)
-        where = f"[rank {log.rank()}] " if log.rank() else ""
-        _tell(f"{where}error: {error.render()}")
+        if log.rank() == 0 or not stop.within(5.0):
+            where = f"[rank {log.rank()}] " if log.rank() else ""
+            broken = error.errors if isinstance(error, ConfigErrors) else (error,)
+            _tell("\n".join(f"{where}error: {one.render()}" for one in broken))
         return error.exit_code
     except RuntimeError as error:
         if any(sign in str(error) for sign in LOST_PEER):
@@ -249,4 +270,3 @@ def _guarded(work: Callable[[], int]) -> int:
 def _tell(message: str) -> None:
     log.clear_progress()
     print(message, file=sys.stderr, flush=True)
-

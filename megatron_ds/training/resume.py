@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from megatron_ds.checkpoint.layout import Index
 from megatron_ds.checkpoint.load import find, holds_checkpoints, load, names
 from megatron_ds.checkpoint.save import save
 from megatron_ds.config import Config
+from megatron_ds.errors import ConfigError
 from megatron_ds.parallel.collectives import barrier
 from megatron_ds.training.engine import Engine
 from megatron_ds.training.progress import Progress
@@ -35,15 +37,33 @@ def checkpoint_to_load(config: Config) -> Index | None:
     return find(options.load, options.ckpt_step).index
 
 
+def check_save_directory(config: Config) -> None:
+    """A directory that cannot be made should not be found out after hours of training.
+
+    Raises: ConfigError
+    """
+    if config.checkpoint.save is None:
+        return
+    wanted = Path(config.checkpoint.save).absolute()
+    there = next(path for path in (wanted, *wanted.parents) if path.exists())
+    trouble = "not a directory" if not there.is_dir() else "" if os.access(there, os.W_OK) else "not writable"
+    if trouble:
+        raise ConfigError("--save", f"{there} is {trouble}", "a directory to write to", f"another one than {wanted}")
+
+
 def save_checkpoint(engine: Engine, progress: Progress) -> None:
     """Save everything that a run on any layout needs to go on."""
     options, world = engine.run.config.checkpoint, engine.run.parallel.world
     assert options.save
     begun = time.perf_counter()
     log.info(f"saving checkpoint at iteration {progress.iteration:7d} to {options.save}")
-    save(options.save, progress.iteration, engine.pieces_to_save(options.save_optim), _state(engine.run, progress), world)
+    save(
+        options.save, progress.iteration, engine.pieces_to_save(options.save_optim), _state(engine.run, progress), world
+    )
     seconds = time.perf_counter() - begun
-    log.info(f"  successfully saved checkpoint at iteration {progress.iteration:7d} to {options.save} in {seconds:.1f} s")
+    log.info(
+        f"  successfully saved checkpoint at iteration {progress.iteration:7d} to {options.save} in {seconds:.1f} s"
+    )
 
 
 def load_checkpoint(engine: Engine, index: Index) -> Progress:

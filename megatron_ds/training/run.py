@@ -14,10 +14,10 @@ from megatron_ds.kernels.table import Kernels
 from megatron_ds.model.gpt import GPTModel, Stage
 from megatron_ds.parallel.context import ParallelContext
 from megatron_ds.parallel.rng import DropoutStreams
-from megatron_ds.pipeline.executor import ForwardStep
+from megatron_ds.pipeline.executor import ForwardStep, Loss
 from megatron_ds.plan import Plan, SampleCounts
 
-__all__ = ["DatasetsProvider", "ForwardStep", "ModelProvider", "Recipe", "Run", "Stage"]
+__all__ = ["DatasetsProvider", "ForwardStep", "Loss", "ModelProvider", "Recipe", "Run", "Stage"]
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,17 @@ class Run:
 class Datasets(Protocol):
     """One map-style dataset per split; None where no samples are needed."""
 
-    train: Any
-    valid: Any
-    test: Any
+    @property
+    def train(self) -> Any:
+        """Rows to train on."""
+
+    @property
+    def valid(self) -> Any:
+        """Rows to validate on."""
+
+    @property
+    def test(self) -> Any:
+        """Rows of the final test."""
 
 
 ModelProvider = Callable[[Run, Stage], GPTModel]

@@ -39,7 +39,11 @@ def test_files_are_readable_by_the_safetensors_library(tmp_path: Path, monkeypat
         "scalar": torch.tensor(2.5, dtype=torch.float64),
     }
     size = shard.write_shard(tmp_path / "x.safetensors", list(tensors.items()))
-    assert size == (tmp_path / "x.safetensors").stat().st_size
+    raw = (tmp_path / "x.safetensors").read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    for key, entry in json.loads(raw[8:start]).items():
+        assert (start + entry["data_offsets"][0]) % tensors[key].element_size() == 0, f"{key} is not aligned"
+    assert size == len(raw)
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
         assert set(file.keys()) == set(tensors)
         for key, tensor in tensors.items():
@@ -106,8 +110,11 @@ def test_pieces_that_do_not_tile_are_our_bug(
     assert not holds_checkpoints(tmp_path)
 
 
-def test_ranks_that_disagree_about_a_shape_are_our_bug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    by_rank = [[whole_piece("w", torch.zeros(2))], [whole_piece("w", torch.zeros(3))]]
+def test_ranks_that_disagree_about_a_dtype_are_our_bug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    by_rank = [
+        [Piece("w", (2,), Box((0,), (1,)), torch.zeros(1))],
+        [Piece("w", (2,), Box((1,), (1,)), torch.zeros(1, dtype=torch.bfloat16))],
+    ]
     assert isinstance(save_all(monkeypatch, tmp_path, 1, by_rank)[0], AssertionError)
 
 

@@ -9,6 +9,8 @@ import pytest
 
 from tests.house.source import Module, imports, modules, parse
 
+Law = Callable[[Module], Iterator[str]]
+
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 LATE_IMPORTS = frozenset(
@@ -95,7 +97,7 @@ def not_ascii(module: Module) -> Iterator[str]:
             yield f"{module.at(module.tree).split(':')[0]}:{number}: {line.strip()!a}"
 
 
-LAWS = (
+LAWS: tuple[Law, ...] = (
     late_imports,
     stray_communication,
     globals_written,
@@ -107,12 +109,12 @@ LAWS = (
 
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
-def test_law(law: Callable[[Module], Iterator[str]]) -> None:
+def test_law(law: Law) -> None:
     found = [line for module in modules() for line in law(module)]
     assert not found, "\n".join(found)
 
 
-BROKEN = {
+BROKEN: dict[Law, str] = {
     late_imports: "def f():\n    import json",
     stray_communication: "import torch\ntorch.distributed.barrier()",
     globals_written: "def f():\n    global x\n    x = 1",
@@ -121,7 +123,7 @@ BROKEN = {
     long_functions: "def f():\n" + "    x = 1\n" * 60,
     not_ascii: "x = '\u00e9'",
 }
-KEPT = {
+KEPT: dict[Law, str] = {
     late_imports: "import json\ndef f():\n    import wandb\n    import torch.utils.tensorboard",
     stray_communication: "from megatron_ds.parallel.collectives import barrier",
     globals_written: "def f():\n    x = 1",
@@ -133,7 +135,7 @@ KEPT = {
 
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
-def test_the_law_itself(law: Callable[[Module], Iterator[str]]) -> None:
+def test_the_law_itself(law: Law) -> None:
     assert len(list(law(parse("megatron_ds.model.x", BROKEN[law])))) == 1
     assert list(law(parse("megatron_ds.model.x", KEPT[law]))) == []
 

@@ -25,9 +25,7 @@ from megatron_ds.training.run import Recipe, Run
 from megatron_ds.training.step import train_step
 from tests.reference.gpt import GlobalBatch, OracleConfig
 
-RECIPE = Recipe(
-    pretrain_gpt.train_valid_test_datasets_provider, pretrain_gpt.model_provider, pretrain_gpt.forward_step
-)
+RECIPE = Recipe(pretrain_gpt.train_valid_test_datasets_provider, pretrain_gpt.model_provider, pretrain_gpt.forward_step)
 VOCAB = 131
 """No multiple of anything: every layout pads it, and with tp=4 the last ranks hold nothing but padding."""
 
@@ -47,9 +45,20 @@ class Share:
 
 GPT2 = OracleConfig(num_layers=4, hidden=64, heads=8, kv_heads=8, ffn=256, vocab=VOCAB, max_positions=32)
 LLAMA = OracleConfig(
-    num_layers=4, hidden=64, heads=8, kv_heads=4, ffn=96, vocab=VOCAB, max_positions=32, norm="rmsnorm", swiglu=True,
-    bias=False, qkv_bias=False, positions="rope", tied=False,
-)  # fmt: skip
+    num_layers=4,
+    hidden=64,
+    heads=8,
+    kv_heads=4,
+    ffn=96,
+    vocab=VOCAB,
+    max_positions=32,
+    norm="rmsnorm",
+    swiglu=True,
+    bias=False,
+    qkv_bias=False,
+    positions="rope",
+    tied=False,
+)
 STYLES = {"gpt2": GPT2, "llama": LLAMA}
 
 

@@ -21,9 +21,15 @@ def reference(style: str, steps: int) -> oracle.Trained:
     model = STYLES[style]
     params = oracle.random_params(model, std=0.05, dtype=torch.float64)
     return oracle.train(
-        params, model, [(t, y, m.double()) for t, y, m in batches(model, steps)], lr_at=learning_rate,
-        betas=(0.9, 0.95), weight_decay=0.1, clip_grad=0.5, keep_gradients=True,
-    )  # fmt: skip
+        params,
+        model,
+        [(t, y, m.double()) for t, y, m in batches(model, steps)],
+        lr_at=learning_rate,
+        betas=(0.9, 0.95),
+        weight_decay=0.1,
+        clip_grad=0.5,
+        keep_gradients=True,
+    )
 
 
 def learning_rate(step: int) -> float:
@@ -85,8 +91,6 @@ def test_bf16_stays_near_the_oracle() -> None:
     params = oracle.random_params(model, std=0.05, dtype=torch.float64)
     argv = arguments(model, *layout_arguments(2, 1), "--bf16", "--zero-stage", "1")
     shares = run_ranks(train, 4, argv, params, batches(model, steps))
-    for (loss, norm), (true_loss, true_norm) in zip(
-        shares[0].history, reference("gpt2", steps).history, strict=True
-    ):
+    for (loss, norm), (true_loss, true_norm) in zip(shares[0].history, reference("gpt2", steps).history, strict=True):
         assert loss == pytest.approx(true_loss, rel=2e-2)
         assert norm == pytest.approx(true_norm, rel=5e-2)

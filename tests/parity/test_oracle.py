@@ -200,9 +200,16 @@ def test_steps_are_adamw_by_its_definition(clip_grad: float) -> None:
     p, batches = doubles(LLAMA), [batch(LLAMA, seed=seed) for seed in (1, 2, 3)]
     rates, (beta1, beta2), eps, decay = [0.02, 0.01, 0.03], (0.9, 0.95), 1e-8, 0.1
     run = gpt.train(
-        p, LLAMA, batches, lr_at=rates.__getitem__, betas=(beta1, beta2), eps=eps, weight_decay=decay,
-        clip_grad=clip_grad, keep_gradients=True,
-    )  # fmt: skip
+        p,
+        LLAMA,
+        batches,
+        lr_at=rates.__getitem__,
+        betas=(beta1, beta2),
+        eps=eps,
+        weight_decay=decay,
+        clip_grad=clip_grad,
+        keep_gradients=True,
+    )
     w = {name: value.numpy().copy() for name, value in p.items()}
     m, v = ({name: np.zeros_like(value) for name, value in w.items()} for _ in range(2))
     for step, (rate, gradients) in enumerate(zip(rates, run.gradients, strict=True), start=1):

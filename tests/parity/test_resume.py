@@ -1,4 +1,4 @@
-"""Any checkpoint resumes on any layout: saved at (2,2,2), resumed elsewhere, the run goes on as if never interrupted."""
+"""Any checkpoint resumes on any layout: saved at (2,2,2), resumed elsewhere, a run goes on as if not interrupted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ BEFORE, AFTER = 5, 10
 
 
 @pytest.fixture(scope="module", params=["fp32", "bf16"])
-def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], list[tuple[float, float]]]:
+def saved(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[str], list[tuple[float, float]]]:
     """A checkpoint after 5 steps on (2,2,2), and the history of the uninterrupted 15 steps there."""
     directory = tmp_path_factory.mktemp(request.param)
     flags = ["--bf16"] * (request.param == "bf16")
@@ -30,7 +32,9 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return directory, flags, whole[0].history[BEFORE:]
 
 
-def resumed(saved: tuple[Path, list[str], list[tuple[float, float]]], world: int, *layout: str) -> list[tuple[float, float]]:
+def resumed(
+    saved: tuple[Path, list[str], list[tuple[float, float]]], world: int, *layout: str
+) -> list[tuple[float, float]]:
     model = STYLES["gpt2"]
     argv = arguments(model, *layout, *saved[1], "--load", str(saved[0]))
     return run_ranks(resume, world, argv, batches(model, BEFORE + AFTER)[BEFORE:])[0]
