@@ -44,7 +44,11 @@ class Workload:
 
 W1 = Workload(name="W1", layers=6, hidden=512, heads=8, seq=256, vocab=50304, micro=4, global_=8)
 W2 = Workload(name="W2", layers=12, hidden=512, heads=8, seq=256, vocab=8192, micro=2, global_=8)
-WORKLOADS = {workload.name: workload for workload in (W1, W2)}
+G1 = Workload(name="G1", layers=24, hidden=1024, heads=16, seq=1024, vocab=50304, micro=8, global_=32)
+"""GPT-2 medium, for one GPU."""
+TINY = Workload(name="tiny", layers=2, hidden=64, heads=4, seq=32, vocab=512, micro=2, global_=4)
+"""For trying the benchmark itself."""
+WORKLOADS = {workload.name: workload for workload in (W1, W2, G1, TINY)}
 
 LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY, CLIP_GRAD = 3e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
 

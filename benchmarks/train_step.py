@@ -193,13 +193,24 @@ def main() -> None:
         ),
         "machine": machine.describe(),
     }
-    matmul = machine.best_matmul(options.device)
-    row["best_matmul"] = matmul
+    row["best_matmul"] = _add_share(row, options.device, options.threads)
     text = json.dumps(row)
     print(text)
     if options.output:
         with options.output.open("a") as file:
             file.write(text + "\n")
+
+
+def _add_share(row: dict[str, Any], device: str, threads: int) -> dict[str, Any]:
+    """Note beside each side's speed what share of the machine's own best matmul its counted FLOPs are."""
+    import torch
+
+    torch.set_num_threads(threads)
+    matmul = machine.best_matmul(device)
+    best = matmul[row["dtype"]]["best_gflops"]
+    for side in row["sides"].values():
+        side["matmul_share"] = round(side["tokens_per_s"] * row["flops_per_token"] / 1e9 / best, 3)
+    return matmul
 
 
 def _commit() -> str:

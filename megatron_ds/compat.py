@@ -45,7 +45,7 @@ class CompatConfig:
     abort_on_unmet_fused_kernel_constraints: bool = _noop("no kernel has to be there")
     disable_mem_efficient_ln: bool = _noop("the norm is torch's own")
     accumulate_allreduce_grads_in_fp32: bool = _noop("gradients always are")
-    overlap_grad_reduce: bool = _noop("on unless --no-overlap-grad-reduce")
+    overlap_grad_reduce_on: bool = _noop("on unless --no-overlap-grad-reduce", "--overlap-grad-reduce")
     overlap_param_gather: bool = _noop("parameters are gathered at the end of the step")
     no_contiguous_buffers_in_local_ddp: bool = _noop("gradients always live in buckets")
     no_check_for_nan_in_loss_and_grad: bool = _noop("the check costs nothing")

@@ -237,12 +237,7 @@ def check_batch(config: Config, world_size: int) -> Iterator[ConfigError]:
 def check_duration(config: Config, world_size: int) -> Iterator[ConfigError]:
     """One unit of duration."""
     if config.training.train_iters and config.training.train_samples:
-        yield ConfigError(
-            "--train-iters and --train-samples",
-            "both",
-            "one of them",
-            "leave out one of them: samples = iterations x batch",
-        )
+        yield ConfigError("--train-iters and --train-samples", "both", "one of them", "leave one of them out")
 
 
 def check_checkpoint(config: Config, world_size: int) -> Iterator[ConfigError]:
@@ -314,12 +309,7 @@ def check_optimizer(config: Config, world_size: int) -> Iterator[ConfigError]:
     """ZeRO under one name; the learning rate's own rules."""
     optimizer = config.optimizer
     if optimizer.use_distributed_optimizer and optimizer.zero_stage == 0:
-        yield ConfigError(
-            "--use-distributed-optimizer and --zero-stage 0",
-            "both",
-            "one of them",
-            "leave --zero-stage out, or --zero-stage 1",
-        )
+        yield ConfigError("--use-distributed-optimizer and --zero-stage 0", "both", "one of them", "--zero-stage 1")
     training = config.training
     batch = training.global_batch_size or training.micro_batch_size or 1  # only the ratios of lengths matter here
     yield from lr_errors(config.lr, optimizer, training.train_samples, batch, training.train_iters)

@@ -84,11 +84,14 @@ def test_stages() -> None:
 
 
 def test_zero_stage_under_both_names() -> None:
-    stages = [plan(**flags).zero_stage for flags in ({}, {"zero_stage": 1}, {"use_distributed_optimizer": True})]  # type: ignore[arg-type]
-    assert stages == [0, 1, 1]
+    assert (plan().zero_stage, plan(zero_stage=1).zero_stage, plan(use_distributed_optimizer=True).zero_stage) == (
+        0,
+        1,
+        1,
+    )
 
 
-# Of each rule: ranks, flags that break it, the flag that the message is about, and flags as near as possible that do not.
+# Of each rule: ranks, flags that break it, the flag that the message is about, and near ones that do not.
 RULES: dict[str, tuple[int, dict[str, Value], str, dict[str, Value]]] = {
     "world": (6, {"tensor_model_parallel_size": 4}, "--tensor-model-parallel-size", {"tensor_model_parallel_size": 3}),
     "world, pp": (8, {"pipeline_model_parallel_size": 3}, "--pipeline-model", {"pipeline_model_parallel_size": 4}),
@@ -205,7 +208,7 @@ def test_most_rules_offer_something_to_type() -> None:
 
 def test_what_is_missing_is_told_before_what_does_not_fit_together() -> None:
     with pytest.raises(ConfigErrors) as caught:
-        plan(3, lr=None, num_layers=None, tensor_model_parallel_size=2, dropout=None, seed=-1)
+        plan(3, lr=None, num_layers=None, tensor_model_parallel_size=2, seed=-1)
     assert [error.subject for error in caught.value.errors] == ["--num-layers --lr", "--seed"]
 
 
@@ -237,7 +240,9 @@ def test_the_guides_launch_as_it_stands(tmp_path: Path, monkeypatch: pytest.Monk
     assert tree(tmp_path) == {}
     assert re.search(r"world size +8 = pp 2 x dp 1 x cp 1 x tp 4, ZeRO stage 0, bf16", page)
     assert re.search(r"128 samples = 4 per micro-batch x 32 micro-batches x 1 ", page)
-    assert re.search(r"500,000, 64,000,000 samples", page)
+    assert re.search(r"iterations +500,000\n", page)
+    # the default is a validation of 100 batches every 1000 iterations, and one at the end
+    assert "64,000,000 to train on, 6,412,800 to validate on, 12,800 to test on" in page
     assert "50,257 tokens, padded to 50,688" in page  # 99 x 512
     assert "embedding, 0-11" in page
     assert "12-23, head" in page

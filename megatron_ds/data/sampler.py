@@ -28,7 +28,7 @@ def microbatch_rows(
 ) -> Iterator[list[int]]:
     """The rows of successive micro-batches of one data-parallel rank, without end.
 
-    Raises: DataError when `single` has no whole micro-batch left for every rank
+    Raises: DataError when `single` has no whole micro-batch left for every rank, or `cyclic` cannot start
     """
     if kind == "single":
         return _single(rows, consumed_samples, micro_batch_size, dp_rank, dp_size)
@@ -53,6 +53,13 @@ def _cyclic(rows: int, consumed: int, micro_batch_size: int, dp_rank: int, dp_si
     active, share = rows - rows % per_step, rows // per_step * micro_batch_size
     if not share:
         raise DataError("data", found=f"{rows} samples", expected=f"at least {per_step}, one micro-batch of every rank")
+    if consumed % per_step:
+        raise DataError(
+            "--dataloader-type cyclic",
+            found=f"{consumed} consumed samples",
+            expected=f"a multiple of micro-batch x data-parallel size, {per_step}",
+            fix="resume with the global batch size of the run before",
+        )
     while True:
         epoch, done = divmod(consumed, active)
         order = torch.randperm(share, generator=torch.Generator().manual_seed(epoch))

@@ -122,8 +122,7 @@ def test_wrong_id_is_found_when_read(tmp_path: Path) -> None:
         file.seek(2 * 21)
         file.write(b"\xff\x00")
     with pytest.raises(DataError, match="token id 255 in document 1"):
-        for i in range(len(dataset)):
-            dataset[i]
+        [dataset[i] for i in range(len(dataset))]
 
 
 def test_negative_id_is_refused(tmp_path: Path) -> None:

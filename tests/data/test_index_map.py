@@ -13,7 +13,7 @@ from megatron_ds.data.index_map import build_index_map, plan_epochs
 def slow_index(
     lengths: list[int], begin: int, end: int, seq: int, wanted: int | None, seed: int
 ) -> tuple[list[int], list[tuple[int, int]], list[int], bool]:
-    """Documents, sample starts, shuffle and whether the last epoch is apart, one document and one token run at a time."""
+    """Documents, sample starts, shuffle, and whether the last epoch is apart, one document at a time."""
     tokens = sum(lengths[begin:end])
     epochs = 1
     while wanted is not None and (epochs * tokens - 1) // seq < wanted:

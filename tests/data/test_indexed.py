@@ -87,7 +87,7 @@ def test_add_index_concatenates(tmp_path: Path, prefix: str) -> None:
     rows = [[5, 7, 65535], [], [1, 2, 259]]
     data = IndexedDataset(str(tmp_path / "twice"))
     assert data.document_indices.tolist() == [0, 2, 2, 3, 5, 5, 6]
-    assert np.concatenate([data[i] for i in range(6)]).tolist() == sum(rows + rows, [])
+    assert np.concatenate([data[i] for i in range(6)]).tolist() == [token for row in rows + rows for token in row]
     with IndexedDatasetBuilder(str(tmp_path / "other"), np.int32) as builder:
         with pytest.raises(DataError, match=r"uint16(.|\n)*int32"):
             builder.add_index(prefix)

@@ -59,7 +59,7 @@ def slow_cyclic(rows: int, consumed: int, mbs: int, rank: int, dp: int, count: i
 
 
 @pytest.mark.parametrize(
-    ("rows", "consumed", "mbs", "dp"), [(20, 0, 2, 2), (23, 8, 2, 2), (23, 44, 3, 1), (50, 200, 1, 4)]
+    ("rows", "consumed", "mbs", "dp"), [(20, 0, 2, 2), (23, 8, 2, 2), (23, 45, 3, 1), (50, 200, 1, 4)]
 )
 def test_cyclic_equals_the_definition(rows: int, consumed: int, mbs: int, dp: int) -> None:
     for rank in range(dp):
@@ -79,3 +79,5 @@ def test_cyclic_resumes_where_it_was() -> None:
 def test_cyclic_needs_one_micro_batch() -> None:
     with pytest.raises(DataError, match="3 samples"):
         rows_of("cyclic", 3, 0, 2, 0, 2, 1)
+    with pytest.raises(DataError, match=r"5 consumed samples(.|\n)*multiple(.|\n)*4"):
+        rows_of("cyclic", 30, 5, 2, 0, 2, 1)

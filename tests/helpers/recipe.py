@@ -75,13 +75,7 @@ def run(argv: Sequence[str], **variables: str) -> Outcome:
     os.environ.update(environment(**variables) | {"OMP_NUM_THREADS": before.get("OMP_NUM_THREADS", "1")})
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            pretrain(
-                pretrain_gpt.train_valid_test_datasets_provider,
-                pretrain_gpt.model_provider,
-                pretrain_gpt.forward_step,
-                args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
-                argv=list(argv),
-            )
+            _pretrain(argv)
     except SystemExit as left:
         code = left.code if isinstance(left.code, int) else 1
     finally:
@@ -117,3 +111,21 @@ def free_port() -> int:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
+
+
+def as_rank(argv: Sequence[str]) -> str:
+    """On a rank of `run_ranks`: run the recipe with the environment as it is; what it printed."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        _pretrain(argv)
+    return out.getvalue()
+
+
+def _pretrain(argv: Sequence[str]) -> None:
+    pretrain(
+        pretrain_gpt.train_valid_test_datasets_provider,
+        pretrain_gpt.model_provider,
+        pretrain_gpt.forward_step,
+        args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
+        argv=list(argv),
+    )

@@ -80,7 +80,9 @@ CONFIG_CASES = {
     "world size": Case({"tensor_model_parallel_size": 2}, ("--tensor-model-parallel-size", "with 3 ranks"), 3),
     "heads": Case({"tensor_model_parallel_size": 4}, ("--num-attention-heads", "2 heads", "-parallel-size 4"), 4),
     "layers": Case({"pipeline_model_parallel_size": 2, "num_layers": 3}, ("--num-layers", "3 layers", "size 2"), 2),
-    "batch": Case({"global_batch_size": 6}, ("--global-batch-size", "6", "micro-batch-size 2 on 2", "multiple of 4"), 2),
+    "batch": Case(
+        {"global_batch_size": 6}, ("--global-batch-size", "6", "micro-batch-size 2 on 2", "multiple of 4"), 2
+    ),
     "misspelt": Case({"hiden_size": 3}, ("--hiden-size", "--hidden-size")),
     "both halves": Case({"fp16": True, "bf16": True}, ("--fp16 and --bf16", "one of them")),
     "fp16": Case({"fp16": True}, ("--fp16", "not supported", "--bf16")),
@@ -126,12 +128,19 @@ def test_several_mistakes_are_told_at_once(place: Path) -> None:
     message = refused(place, CONFIG, flags, RANK="0", WORLD_SIZE="4")
     subjects = [line.removeprefix("error: ") for line in message.splitlines() if line.startswith("error: ")]
     assert sorted(set(subjects)) == sorted(
-        ["--num-attention-heads", "--num-layers", "--global-batch-size", "--fp16 and --bf16", "--split", "--lr-warmup-iters"]
+        [
+            "--num-attention-heads",
+            "--num-layers",
+            "--global-batch-size",
+            "--fp16 and --bf16",
+            "--split",
+            "--lr-warmup-iters",
+        ]
     )
 
 
-def rewrite(change: Callable[[bytes], bytes], name: str) -> Callable[[Path], None]:
-    return lambda place: None if (place / name).write_bytes(change((place / name).read_bytes())) else None
+def rewrite(change: Callable[[bytes], bytes], name: str) -> Callable[[Path], object]:
+    return lambda place: (place / name).write_bytes(change((place / name).read_bytes()))
 
 
 def with_sidecar(place: Path) -> None:
@@ -155,7 +164,7 @@ DATA_CASES: dict[str, tuple[dict[str, Value], Callable[[Path], object], tuple[st
         ("data/text.bin", "token id 300 in document 19", f"0 to {VOCAB - 1}"),
     ),
     "id too large, by the sidecar": ({}, with_sidecar, ("data/text.bin", "token id 300 in document 19", "0 to 100")),
-    "empty validation": ({"split": "100,1,1"}, lambda place: None, ("--split '100,1,1'", "validation 0", "--eval-iters 0")),
+    "empty validation": ({"split": "100,1,1"}, lambda place: None, ("--split '100,1,1'", "validation 0")),
     "empty training": ({"split": "1,100,1"}, lambda place: None, ("--split '1,100,1'", "training 0")),
     "tokenizer file": (
         {"tokenizer_type": "GPT2BPETokenizer", "vocab_file": "vocab.json", "merge_file": "merges.txt"},

@@ -1,0 +1,190 @@
+"""The whole command line: one owner per flag, Megatron's names, and a word about those that we do not have."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import pytest
+
+from megatron_ds.cli import flags_of
+from megatron_ds.compat import HINTS, CompatConfig
+from megatron_ds.config import GROUPS, Config, parse, parser
+from megatron_ds.errors import ConfigError
+
+# Flags of Megatron-LM and Megatron-DeepSpeed that change nothing here, with a value where they take one.
+WITHOUT_EFFECT = """
+    --use-mcore-models --use-flash-attn --use-flash-attn-v1 --use-flash-attn-v2 --use-flash-attn-triton
+    --use-flash-attn-builder --no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-swiglu-fusion
+    --no-bias-dropout-fusion --no-rope-fusion --no-persist-layer-norm --no-gradient-accumulation-fusion
+    --no-async-tensor-model-parallel-allreduce --cross-entropy-loss-fusion --cross-entropy-fusion-impl=te
+    --abort-on-unmet-fused-kernel-constraints --disable-mem-efficient-ln --sync-tp-duplicated-parameters
+    --accumulate-allreduce-grads-in-fp32 --attention-softmax-in-fp32 --no-query-key-layer-scaling
+    --overlap-grad-reduce --overlap-param-gather --no-contiguous-buffers-in-local-ddp --DDP-impl=local
+    --no-check-for-nan-in-loss-and-grad --empty-unused-memory-level=2 --calculate-per-token-loss
+    --no-create-attention-mask-in-dataloader --data-impl=mmap --mmap-warmup --transformer-impl=transformer_engine
+    --ckpt-format=torch_dist --auto-detect-ckpt-format --dist-ckpt-strictness=log_all --use-dist-ckpt
+    --universal-checkpoint --no-load-rng --no-save-rng --no-load-lr-state --no-pipeline-parallel
+    --override-opt_param-scheduler --override-opt-param-scheduler --override-lr-scheduler --exit-signal-handler
+    --log-throughput --no-log-loss-scale-to-tensorboard --no-barrier-with-level-1-timing --logging-level=20
+    --loss-scale=12 --initial-loss-scale=65536 --min-loss-scale=1.0 --loss-scale-window=500 --hysteresis=2
+    --use-cpu-initialization --local_rank=3 --local-rank=3
+"""
+
+# The most frequent flags of 89 public launch scripts that have an effect here.
+WITH_EFFECT = """
+    --clip-grad=1.0 --eval-interval=100 --eval-iters=10 --global-batch-size=16 --hidden-size=1024 --log-interval=10
+    --lr=3e-4 --lr-decay-style=cosine --max-position-embeddings=1024 --micro-batch-size=4 --min-lr=1e-5
+    --num-attention-heads=16 --split=949,50,1 --data-path=a --num-layers=24 --save-interval=1000 --weight-decay=1e-2
+    --seq-length=1024 --load=x --save=x --tensor-model-parallel-size=2 --vocab-file=v --pipeline-model-parallel-size=2
+    --tensorboard-dir=t --merge-file=m --adam-beta1=0.9 --adam-beta2=0.95 --init-method-std=0.006
+    --num-workers=0 --zero-stage=1 --log-timers-to-tensorboard --log-validation-ppl-to-tensorboard
+    --exit-duration-in-mins=1190 --log-batch-size-to-tensorboard --tensorboard-queue-size=1 --lr-decay-iters=320000
+    --lr-warmup-fraction=.01 --distributed-backend=nccl --seed=1234 --ffn-hidden-size=4096 --exit-interval=100
+    --tokenizer-type=GPT2BPETokenizer --attention-dropout=0 --hidden-dropout=0 --kv-channels=64 --disable-bias-linear
+    --lr-warmup-iters=2 --normalization=rmsnorm --swiglu --tokenizer-model=x --untie-embeddings-and-output-weights
+    --use-rotary-position-embeddings --bf16 --encoder-seq-length=512 --position-embedding-type=rope
+    --rotary-percent=0.25 --attention-backend=flash --make-vocab-size-divisible-by=1 --rotary-base=10000
+    --use-distributed-optimizer --vocab-extra-ids=100 --data-cache-path=c --distributed-timeout-minutes=60
+    --group-query-attention --num-query-groups=8 --manual-gc --manual-gc-interval=100 --no-mmap-bin-files
+    --mock-data --vocab-size=32000 --log-params-norm --log-num-zeros-in-grad --timing-log-level=2 --no-load-optim
+    --norm-epsilon=1e-5 --layernorm-epsilon=1e-5 --num-key-value-heads=8 --tokenizer-name-or-path=x
+    --rotary-position-embeddings-theta=500000 --no-log-learnig-rate-to-tensorboard --train-samples=220_000_000
+    --dataloader-type=cyclic --adam-eps=1e-8 --persistent-save-interval=5 --lr-wsd-decay-style=minus_sqrt
+"""
+
+DEFAULTS = """
+    --clip-grad=1.0 --weight-decay=1e-2 --adam-beta1=0.9 --seed=1234 --rotary-base=10000
+    --norm-epsilon=1e-5 --layernorm-epsilon=1e-5 --adam-eps=1e-8
+"""
+"""Those of them that scripts type although they are the default."""
+
+
+def error_of(*argv: str) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        parse(argv)
+    return caught.value
+
+
+def test_no_two_groups_claim_one_flag_or_one_name() -> None:
+    flags = [flag for group in GROUPS.values() for flag in flags_of(group)]
+    spellings = Counter(name.replace("_", "-") for flag in flags for name in dict.fromkeys(flag.names))
+    assert [name for name, count in spellings.items() if count > 1] == []
+    # describe() lists all fields in one block, so their names must differ too
+    assert [name for name, count in Counter(flag.field for flag in flags).items() if count > 1] == []
+
+
+def test_no_hint_for_a_flag_that_exists() -> None:
+    known = {name.replace("_", "-") for group in GROUPS.values() for flag in flags_of(group) for name in flag.names}
+    assert known.isdisjoint(HINTS)
+
+
+@pytest.mark.parametrize("word", WITHOUT_EFFECT.split())
+def test_flags_without_effect_are_accepted_and_named(word: str) -> None:
+    config = parse([word])
+    assert len(config.compat.used()) == 1
+    nothing = parse([])
+    others = [name for name in GROUPS if name != "compat"]
+    assert [vars(config)[name] for name in others] == [vars(nothing)[name] for name in others]
+
+
+@pytest.mark.parametrize("word", WITH_EFFECT.split())
+def test_flags_with_effect_change_one_value(word: str) -> None:
+    given, default = parse([word]), parse([])
+    assert given.compat == default.compat
+    changed = [
+        (name, field)
+        for name in GROUPS
+        for field, value in vars(vars(given)[name]).items()
+        if value != vars(vars(default)[name])[field]
+    ]
+    assert len(changed) == (word not in DEFAULTS.split())
+
+
+def test_spellings() -> None:
+    for argv in (
+        ["--num-layers", "3", "--micro_batch_size", "2"],
+        ["--num_layers", "3", "--micro-batch-size=2"],
+        ["--num_layers=3", "--micro_batch_size=2"],
+    ):
+        config = parse(argv)
+        assert (config.model.num_layers, config.training.micro_batch_size) == (3, 2)
+    assert parse(["--data-path", "a_b", "--tokenizer_type=My_Type"]).data.data_path == ("a_b",)
+    assert parse(["--tokenizer_type=My_Type"]).tokenizer.tokenizer_type == "My_Type"
+    assert parse(["--data-path", "0.3", "a", "0.7", "b", "--swiglu"]).data.data_path == ("0.3", "a", "0.7", "b")
+
+
+def test_names_of_other_systems_mean_the_same() -> None:
+    model = parse(["--position-embedding-type", "rotary", "--normalization=LAYERNORM", "--num-key-value-heads=4"]).model
+    assert (model.position_embedding_type, model.normalization, model.uses_rope) == ("rope", "LayerNorm", True)
+    assert model.kv_heads == 4
+    groups = ["--group-query-attention", "--num-query-groups=4", "--num-attention-heads=8"]
+    assert parse(groups).model.kv_heads == 4
+    assert parse(groups[1:]).model.kv_heads == 8  # without the switch the number of groups means nothing
+
+
+@pytest.mark.parametrize("flag", HINTS)
+def test_flags_that_we_know_but_do_not_have(flag: str) -> None:
+    for spelt in (flag, flag.replace("-", "_").replace("__", "--", 1), f"{flag}=1"):
+        error = error_of(spelt)
+        assert error.subject == flag
+        assert error.fix == HINTS[flag]
+        assert "does not have" in error.found
+
+
+@pytest.mark.parametrize(
+    ("word", "nearest"),
+    [
+        ("--num-layer", "--num-layers"),
+        ("--tensor-model-paralel-size", "--tensor-model-parallel-size"),
+        ("--globl_batch_size", "--global-batch-size"),
+        ("--train-iter", "--train-iters"),
+        ("--tensor-parallel-size", "--tensor-model-parallel-size"),
+    ],
+)
+def test_a_misspelt_flag_names_its_nearest(word: str, nearest: str) -> None:
+    assert nearest in error_of(word, "3").fix
+    assert nearest in error_of(f"{word}=3").fix
+
+
+def test_help_shows_every_flag_under_its_group() -> None:
+    page = parser("pretrain_gpt.py").format_help()
+    heads = re.findall(r"^(\w.*):$", page, re.MULTILINE)
+    titles = [(group.__doc__ or "").splitlines()[0].rstrip(".") for group in GROUPS.values()]
+    assert [head for head in heads if head in titles] == titles
+    for group, title in zip(GROUPS.values(), titles, strict=True):
+        section = re.split(r"^\S", page.split(f"\n{title}:\n")[1], flags=re.MULTILINE)[0]
+        for flag in flags_of(group):
+            for name in flag.names:
+                assert re.search(rf"(^|[\s,]){re.escape(name)}([\s,]|$)", section), f"{name} is not under {title}"
+
+
+def test_every_flag_has_a_sentence() -> None:
+    for group in GROUPS.values():
+        for flag in flags_of(group):
+            assert flag.help.endswith("."), flag.names
+            assert len(flag.help) > 8
+
+
+def test_describe_lists_every_value_sorted() -> None:
+    lines = parse(["--num-layers=3", "--use-mcore-models", "--split=1,2,3"]).describe().splitlines()
+    assert lines[0] == "------------------------ arguments ------------------------"
+    assert lines[-1] == "-------------------- end of arguments ---------------------"
+    assert "  num_layers ..................................... 3" in lines
+    assert "  split .......................................... 1,2,3" in lines
+    names = [line.split()[0].lower() for line in lines[1:-1]]
+    assert names == sorted(names)
+    expected = sum(len(flags_of(group)) for group in GROUPS.values() if group is not CompatConfig)
+    assert len(names) == expected
+
+
+def test_what_a_recipe_prefers_yields_to_what_is_typed() -> None:
+    recipe = {"tokenizer_type": "GPT2BPETokenizer", "seq_length": 512}
+    assert parse([], recipe).tokenizer.tokenizer_type == "GPT2BPETokenizer"
+    assert parse(["--tokenizer-type", "NullTokenizer"], recipe).tokenizer.tokenizer_type == "NullTokenizer"
+    with pytest.raises(ConfigError, match="sequence"):
+        parse([], {"sequence": 512})
+
+
+def test_a_config_needs_no_command_line() -> None:
+    assert Config(**{name: group() for name, group in GROUPS.items()}) == parse([])
