@@ -10,6 +10,7 @@ from megatron_ds.model.embedding import Vocab
 from megatron_ds.model.gpt import Stage
 from megatron_ds.pipeline.schedule import Actions, build
 from megatron_ds.rules import check_config
+from megatron_ds.training.config import TrainingConfig
 
 
 class SampleCounts(NamedTuple):
@@ -59,7 +60,7 @@ def make_plan(config: Config, world_size: int, vocab_size: int) -> Plan:
     global_batch = training.global_batch_size or training.micro_batch_size * dp
     num_microbatches = global_batch // (training.micro_batch_size * dp)
     train_iters = training.train_iters or (training.train_samples or 0) // global_batch
-    evaluations = train_iters // training.eval_interval + 1 if training.eval_interval else 0
+    evaluations = train_iters // training.eval_interval + 1
     return Plan(
         world_size=world_size,
         sizes={"pp": pp, "dp": dp, "cp": 1, "tp": tp},
@@ -80,6 +81,19 @@ def make_plan(config: Config, world_size: int, vocab_size: int) -> Plan:
         actions=build(config.parallel.pipeline_schedule, pp, num_microbatches),
         eval_actions=build("forward", pp, num_microbatches),
     )
+
+
+def samples_from(plan: Plan, training: TrainingConfig, iteration: int, train: int, valid: int) -> SampleCounts:
+    """What a run needs that stands at `iteration` and has consumed `train` and `valid` samples.
+
+    Less than `plan.samples` never, or other datasets would be built; more if what was consumed was consumed with a
+    larger batch or more validation than the flags ask for now.
+    """
+    train += max(0, plan.train_iters - iteration) * plan.global_batch_size
+    evaluations = 1 + max(0, plan.train_iters // training.eval_interval - iteration // training.eval_interval)
+    valid += evaluations * training.eval_iters * plan.global_batch_size
+    needed = plan.samples
+    return SampleCounts(max(train, needed.train), max(valid, needed.valid) if training.eval_iters else 0, needed.test)
 
 
 def pad_vocabulary(size: int, multiple: int) -> int:

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_ds.config import parse
 from megatron_ds.errors import ConfigErrors
-from megatron_ds.plan import Plan, make_plan, pad_vocabulary
+from megatron_ds.plan import Plan, make_plan, pad_vocabulary, samples_from
 from tests.helpers.recipe import Value, run, tree, words
 
 BASE: dict[str, Value] = {
@@ -41,7 +41,7 @@ GUIDE_10B = """--tensor-model-parallel-size 4 --pipeline-model-parallel-size 4 -
     --lr 1.2e-4 --clip-grad 1.0 --bf16 --zero-stage 1 --data-path my-gpt3_text_document"""
 
 
-def plan(world_size: int = 1, vocab: int = GPT2_VOCAB, **flags: Value) -> Plan:
+def plan(world_size: int = 1, vocab: int = GPT2_VOCAB, /, **flags: Value) -> Plan:
     return make_plan(parse(words(BASE | flags)), world_size, vocab)
 
 
@@ -75,6 +75,25 @@ def test_sample_counts() -> None:
     assert found.train_iters == 125
     assert found.samples == (1003, 3 * 2 * 8, 2 * 8)
     assert plan(eval_iters=0).samples == (400, 0, 0)
+
+
+def samples_at(iteration: int, train: int, valid: int, **flags: Value) -> tuple[int, int, int]:
+    now: dict[str, Value] = {"global_batch_size": 8, "train_iters": 100, "eval_interval": 10, "eval_iters": 2} | flags
+    return samples_from(plan(**now), parse(words(BASE | now)).training, iteration, train, valid)
+
+
+def test_sample_counts_of_a_resumed_run() -> None:
+    whole = (800, 11 * 2 * 8, 2 * 8)
+    assert samples_at(0, 0, 0) == whole
+    for iteration in (1, 9, 10, 55, 99, 100):  # with the same flags the same datasets
+        assert samples_at(iteration, iteration * 8, iteration // 10 * 16) == whole
+    # 50 iterations of 16 samples behind it, 50 of 8 ahead
+    assert samples_at(50, 800, 80)[0] == 1200
+    # validated every iteration so far, which took 50 x 16 samples; ahead are those at 60, 70 ... 100 and the last
+    assert samples_at(50, 400, 800)[1] == 800 + 6 * 16
+    assert samples_at(50, 400, 80, eval_iters=0) == (800, 0, 0)
+    # trained to the end and asked once more
+    assert samples_at(100, 800, 11 * 16)[1] == 12 * 16
 
 
 def test_stages() -> None:

@@ -26,8 +26,8 @@ HEAD = """# Flags of pretrain_gpt.py
 
 Written by `tools/write_flags_md.py` from the dataclasses; do not edit. Names and defaults are Megatron's where it has
 them; where one thing has several names, all are here. In a name `_` and `-` are the same. A switch takes no value; its
-meaning is what happens when it is given. Rules between flags are in `megatron_ds/rules.py`: `--dry-run` names those that a
-command line breaks.
+meaning is what happens when it is given. Rules between flags: `megatron_ds/rules.py`; `--dry-run` names those that
+a command line breaks.
 """
 
 REFUSED = """## Refused

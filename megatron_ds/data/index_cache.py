@@ -60,7 +60,7 @@ class IndexCache:
             return self._build_in_memory(exc, build)
 
     def _get(self, folder: Path, text: str, build: Callable[[], Arrays]) -> Arrays:
-        started = time.monotonic()
+        started, announced = time.monotonic(), False
         while time.monotonic() - started < self.wait_seconds:
             found = _load(folder, text)
             if found is not None:
@@ -69,6 +69,9 @@ class IndexCache:
             with self._lock(folder.with_name(folder.name + ".lock")) as held:
                 if held:
                     return _load(folder, text) or _build_and_store(folder, text, build)
+            if not announced:
+                announced = True
+                log.info(f"another process builds {folder.name}: waiting for it")
             log.progress(f"waiting for another process to build {folder.name} ({time.monotonic() - started:.0f} s)")
             time.sleep(self.poll_seconds)
         log.info(f"nobody finished {folder} in {self.wait_seconds:.0f} s: building it in memory")

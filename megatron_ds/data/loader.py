@@ -14,7 +14,7 @@ import torch
 
 from megatron_ds.data.blend import TokenDataset
 from megatron_ds.data.sampler import microbatch_rows
-from megatron_ds.errors import DataError
+from megatron_ds.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,10 @@ class MicrobatchLoader(Iterator[GPTBatch]):
         eod_mask_loss: bool = False,
         reset_position_ids: bool = False,
     ):
+        if eod is None and (eod_mask_loss or reset_position_ids):
+            raise ConfigError(
+                "--eod-mask-loss, --reset-position-ids", found="no tokenizer", expected="one that ends documents"
+            )
         self.dataset = dataset
         self._eod, self._eod_mask_loss, self._reset_position_ids = eod, eod_mask_loss, reset_position_ids
         self._rows = microbatch_rows(

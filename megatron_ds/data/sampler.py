@@ -41,7 +41,7 @@ def _single(rows: int, consumed: int, micro_batch_size: int, dp_rank: int, dp_si
         yield list(range(first, first + micro_batch_size))
         consumed += micro_batch_size * dp_size
     raise DataError(
-        "training data",
+        "data",
         found=f"{rows} samples, {consumed} of them consumed",
         expected=f"{micro_batch_size * dp_size} more for the next micro-batch of {dp_size} data-parallel ranks",
         fix="ask for more samples when the dataset is built, or --dataloader-type cyclic",

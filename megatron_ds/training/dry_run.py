@@ -66,6 +66,7 @@ def report(run: Run, recipe: Recipe, vocab_note: str) -> str:
         f"model\n  parameters       {total:,} (without the padding of the vocabulary)\n"
         f"  vocabulary       {plan.vocab.size:,} tokens, padded to {plan.vocab.padded:,} ({vocab_note})",
         _memory(run, recipe),
+        _messages(run, recipe),
         _schedule(run),
         _data(run.config.data),
         "dry run: nothing was started and nothing was written",
@@ -110,6 +111,43 @@ def _memory(run: Run, recipe: Recipe) -> str:
     for number, cost in enumerate(stage_costs(run, recipe)):
         parts = (cost.params_bytes, cost.grads_bytes, cost.optimizer_bytes, cost.activation_bytes, cost.total_bytes)
         lines.append(f"  {number:>5} {cost.parameters:>14,} " + " ".join(f"{part / GIB:>8.2f}" for part in parts))
+    return "\n".join(lines)
+
+
+def sent_bytes(run: Run, recipe: Recipe) -> list[dict[str, int]]:
+    """Bytes that one rank of each stage hands to every axis in one step: the sizes of the tensors, whatever the wire.
+
+    tp: all-reduces of activations. pp: sends. dp: fp32 gradients, and with ZeRO-1 the parameters gathered.
+    embedding: the gradient of a tied table, first and last stage.
+    """
+    plan, width = run.plan, 2 if run.config.precision.bf16 else 4
+    tp, pp, dp = (plan.sizes[name] for name in ("tp", "pp", "dp"))
+    tokens = plan.seq_length * plan.micro_batch_size
+    activation = tokens * (run.config.model.hidden_size or 0) * width
+    out = []
+    for stage, table in zip(plan.stages, stage_tables(run, recipe), strict=True):
+        # Two blocks a layer, each with one all-reduce forward and one backward; the loss reduces three fp32 per token.
+        reduced = 4 * (stage.stop - stage.start) + stage.is_first + stage.is_last
+        per_microbatch = reduced * activation + (3 * 4 * tokens if stage.is_last else 0)
+        count = sum(_numel(spec, tp) for spec in table.values())
+        shared = sum(_numel(spec, tp) for spec in table.values() if spec.partial_over)
+        gathered = count * width if plan.zero_stage >= 1 else 0
+        out.append(
+            {
+                "tp": plan.num_microbatches * per_microbatch if tp > 1 else 0,
+                "pp": plan.num_microbatches * activation * (2 - stage.is_first - stage.is_last) if pp > 1 else 0,
+                "dp": count * STATE_BYTES["grads"] + gathered if dp > 1 else 0,
+                "embedding": shared * 4 // (dp if plan.zero_stage >= 1 else 1),
+            }
+        )
+    return out
+
+
+def _messages(run: Run, recipe: Recipe) -> str:
+    lines = ["sent per rank and step (GiB given to each axis)"]
+    lines.append(f"  {'stage':>5} " + " ".join(f"{name:>10}" for name in ("tp", "pp", "dp", "embedding")))
+    for number, sent in enumerate(sent_bytes(run, recipe)):
+        lines.append(f"  {number:>5} " + " ".join(f"{value / GIB:>10.3f}" for value in sent.values()))
     return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 import traceback
@@ -23,7 +24,7 @@ from megatron_ds.parallel import context, launch
 from megatron_ds.parallel.collectives import gather_bytes
 from megatron_ds.parallel.context import ParallelContext
 from megatron_ds.parallel.rng import DropoutStreams
-from megatron_ds.plan import Plan, make_plan
+from megatron_ds.plan import Plan, SampleCounts, make_plan, samples_from
 from megatron_ds.rules import check_config
 from megatron_ds.timers import Timers
 from megatron_ds.training import dry_run
@@ -74,7 +75,7 @@ def _main(recipe: Recipe, defaults: Mapping[str, Any], argv: Sequence[str], stop
     engine = build_engine(run, recipe)
     # A checkpoint that does not fit is found before index files are written; initial values can wait for the data.
     progress = Progress() if checkpoint is None else load_checkpoint(engine, checkpoint)
-    datasets = recipe.datasets(run, plan.samples)
+    datasets = recipe.datasets(run, _samples(run, progress))
     _say_time("after dataloaders are built")
     if checkpoint is None:
         engine.initialise()
@@ -83,6 +84,11 @@ def _main(recipe: Recipe, defaults: Mapping[str, Any], argv: Sequence[str], stop
     stopped = _train_and_test(_loop(engine, recipe, datasets, progress, stop, begun), datasets, engine)
     context.stop()
     return EXIT_RESUBMIT if stopped else 0
+
+
+def _samples(run: Run, progress: Progress) -> SampleCounts:
+    consumed = progress.consumed_samples, progress.consumed_valid_samples
+    return samples_from(run.plan, run.config.training, progress.iteration, *consumed)
 
 
 def _train_and_test(loop: Loop, datasets: Datasets, engine: Engine) -> bool:
@@ -199,7 +205,7 @@ def _device(config: Config) -> torch.device:
 def _join(config: Config, plan: Plan, tokenizer: Tokenizer | None, device: torch.device) -> Run:
     parallel = context.start(config.parallel, plan.sizes, device)
     _say_time("after megatron is initialized")
-    streams = DropoutStreams(config.training.seed, parallel.tp.rank)
+    streams = DropoutStreams(config.training.seed, parallel.tp.rank, device=device)
     return Run(config, plan, parallel, Kernels(), device, tokenizer, streams)
 
 
@@ -217,7 +223,7 @@ def _announce(config: Config, plan: Plan) -> None:
     names = ("train: ", "validation:", "test: ")
     log.info(" > datasets target sizes (minimum size):")
     for name, count in zip(names, plan.samples, strict=True):
-        log.info(f"    {name:<11}{count}")
+        log.info(f"    {name:<12}{count}")
 
 
 def _say_size(engine: Engine) -> None:
@@ -255,7 +261,8 @@ def _guarded(work: Callable[[], int], stop: StopRequest) -> int:
     except RuntimeError as error:
         if any(sign in str(error) for sign in LOST_PEER):
             time.sleep(2)  # the rank that failed first has something better to say
-            _tell(f"[rank {log.rank()}] error: lost contact with another rank: {str(error).splitlines()[0]}")
+            reason = re.sub(r"\[/\S+\] |\. This is typically.*", "", str(error).splitlines()[0])
+            _tell(f"[rank {log.rank()}] error: lost contact with another rank: {reason}")
         else:
             _tell(f"[rank {log.rank()}] {traceback.format_exc()}")
         return EXIT_FAULT

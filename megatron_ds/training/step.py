@@ -51,7 +51,6 @@ def train_step(
     """
     run, logging = engine.run, engine.run.config.logging
     plan, optimizer = run.plan, engine.optimizer
-    engine.model.train()
     engine.buckets.zero()
     with timers("batch-generator", 2):
         microbatches = take(batches, run, progress.consumed_samples)
@@ -102,13 +101,16 @@ def evaluate(engine: Engine, batches: Iterator[Any], iterations: int, stop: Call
     run = engine.run
     plan, parallel = run.plan, run.parallel
     engine.model.eval()
+    stopped = False
     total = torch.zeros(2, dtype=torch.float64, device=run.device)
     for _ in range(iterations):
         sums = engine.executor.run(plan.eval_actions[parallel.pp.rank], take(batches, run, 0))
         share = sums if parallel.tp.is_first else torch.zeros_like(sums)
         summed = all_reduce(torch.cat((share, sums.new_tensor([float(stop())]))), parallel.world)
         total += summed[:2]
-        if summed[2] > 0:
-            return math.nan, True
+        stopped = bool(summed[2] > 0)
+        if stopped:
+            break
+    engine.model.train()
     loss_sum, targets = total.tolist()
-    return (loss_sum / targets if targets else math.nan), False
+    return (loss_sum / targets if targets else math.nan), stopped

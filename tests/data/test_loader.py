@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_ds.data.loader import MicrobatchLoader, gpt_batch
-from megatron_ds.errors import DataError
+from megatron_ds.errors import ConfigError, DataError
 
 EOD = 9
 
@@ -95,6 +95,13 @@ def test_fault_in_a_thread_surfaces_in_its_turn(workers: int) -> None:
     with pytest.raises(DataError, match="document 3"):
         next(batches)
     batches.close()
+
+
+def test_masks_need_an_end_of_document() -> None:
+    with pytest.raises(ConfigError, match="--eod-mask-loss"):
+        MicrobatchLoader(
+            Rows(9), consumed_samples=0, micro_batch_size=1, dp_rank=0, dp_size=1, eod=None, eod_mask_loss=True
+        )
 
 
 def test_close_ends_the_threads() -> None:

@@ -181,8 +181,6 @@ def test_script_runs_anywhere_and_logs_plain_lines(tmp_path: Path) -> None:
 
 
 def test_sigterm_leaves_nothing(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "a.jsonl").symlink_to(tmp_path / "pipe")
     script = str(Path(preprocess_data.__file__).resolve())
     (tmp_path / "o").mkdir()
     source = write_lines(tmp_path / "big.jsonl", ["1 2 3 " * 20000] * 200)

@@ -1,22 +1,23 @@
-"""The whole recipe on a tiny model: it trains, reports, saves, resumes, stops when told to, on every way to start it."""
+"""The whole recipe on a tiny model: it trains, reports, saves, resumes and stops when told to."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_ds.checkpoint.load import find
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import RankFailed, run_ranks
 from tests.helpers.recipe import TINY, Outcome, Value, as_rank, environment, free_port, run, tree, words, write_tokens
 from tests.house.source import ROOT
 
@@ -152,7 +153,7 @@ def test_a_crash_between_two_saves_repeats_the_lost_iterations(
 ) -> None:
     """The metrics file knows seven iterations, the checkpoint five."""
     assert run(flags(data, tmp_path, exit_interval=5)).code == 0
-    rows = [line for line in (straight[0] / "metrics.jsonl").read_text().splitlines(keepends=True)]
+    rows = (straight[0] / "metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "metrics.jsonl").write_text("".join(rows[:8]) + '{"iteration": 8, "lm lo')
     assert run(flags(data, tmp_path)).code == 0
     assert untimed(metrics(tmp_path)) == untimed(metrics(straight[0]))
@@ -174,6 +175,19 @@ def test_no_time_left_means_one_iteration_and_a_checkpoint(data: str, tmp_path: 
     assert "exiting program after 0.0 minutes" in outcome.out
     assert (tmp_path / "saved/latest_checkpointed_iteration.txt").read_text().strip() == "1"
     assert [row["iteration"] for row in metrics(tmp_path)] == [1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"eval_interval": 10}, {"eval_iters": 1}, {"eval_interval": 2}, {"global_batch_size": 2, "train_iters": 9}],
+)
+def test_other_lengths_after_resuming(changes: dict[str, Value], data: str, tmp_path: Path) -> None:
+    """More was consumed than the new flags would ever ask for."""
+    before: dict[str, Value] = {"eval_interval": 1, "eval_iters": 3, "global_batch_size": 8, "exit_interval": 8}
+    assert run(flags(data, tmp_path, **before)).code == 0
+    outcome = run(flags(data, tmp_path, **changes))
+    assert outcome.code == 0, outcome.err
+    assert metrics(tmp_path)[-1]["iteration"] == changes.get("train_iters", 10)
 
 
 def test_skip_train_only_evaluates(straight: tuple[Path, Outcome], data: str, tmp_path: Path) -> None:
@@ -217,43 +231,16 @@ def test_that_dropout_is_on(straight: tuple[Path, Outcome], data: str, tmp_path:
     assert abs(metrics(tmp_path)[0]["lm loss"] - metrics(straight[0])[0]["lm loss"]) > 1e-4
 
 
-Start = Callable[..., subprocess.Popen[str]]
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts a command of its own and ends it with the test."""
-    started: list[subprocess.Popen[str]] = []
-
-    def popen(command: list[str], **variables: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            command,
-            env=environment(**variables),
-            cwd=tmp_path,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        started.append(process)
-        return process
-
-    yield popen
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
 def wait_for_iterations(out: Path, count: int, seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text().splitlines()) >= count:
             return
-        time.sleep(0.05)
+        time.sleep(0.02)
     raise TimeoutError(f"no {count} iterations within {seconds} s")
 
 
 ENDLESS: dict[str, Value] = {"train_iters": 100_000, "eval_iters": 0, "save_interval": 100_000}
-RECIPE = [sys.executable, str(ROOT / "pretrain_gpt.py")]
 
 
 def check_stopped(out: Path, data: str) -> None:
@@ -268,36 +255,56 @@ def check_stopped(out: Path, data: str) -> None:
     assert metrics(out)[-1]["iteration"] == last["iteration"] + 1
 
 
-def test_one_rank_told_to_stop_stops_all(data: str, tmp_path: Path, start: Start) -> None:
-    argv = [*RECIPE, *flags(data, tmp_path, **ENDLESS, tensor_model_parallel_size=2)]
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    ranks = [start(argv, RANK=str(rank), LOCAL_RANK=str(rank), **address) for rank in range(2)]
-    wait_for_iterations(tmp_path, 3)
-    ranks[1].send_signal(signal.SIGTERM)
-    printed = [rank.communicate(timeout=30)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [75, 75], printed
+def told_to_stop(argv: list[str], out: Path) -> str:
+    """Run on every rank: train until rank 1, and only it, gets the signal."""
+
+    def send() -> None:
+        wait_for_iterations(out, 3)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if os.environ["RANK"] == "1":
+        threading.Thread(target=send, daemon=True).start()
+    return as_rank(argv)
+
+
+def test_one_rank_told_to_stop_stops_all(data: str, tmp_path: Path) -> None:
+    argv = flags(data, tmp_path, **ENDLESS, tensor_model_parallel_size=2)
+    with pytest.raises(RankFailed) as left:
+        run_ranks(told_to_stop, 2, argv, tmp_path)
+    assert left.value.exit_codes == (75, 75), left.value.traceback
     check_stopped(tmp_path, data)
 
 
 @pytest.mark.slow
-def test_torchrun_told_to_stop(data: str, tmp_path: Path, start: Start) -> None:
+def test_torchrun_told_to_stop(data: str, tmp_path: Path) -> None:
     """torchrun passes the signal on and leaves with a code of its own; the ranks save meanwhile."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
-    torchrun = start([*launch, *RECIPE[1:], *flags(data, tmp_path, **ENDLESS)])
-    wait_for_iterations(tmp_path, 3)
-    torchrun.send_signal(signal.SIGTERM)
-    printed, _ = torchrun.communicate(timeout=40)
-    assert "successfully saved checkpoint" in printed
+    command = [*launch, str(ROOT / "pretrain_gpt.py"), *flags(data, tmp_path, **ENDLESS)]
+    with (
+        open(tmp_path / "printed", "w") as printed,
+        subprocess.Popen(command, env=environment(), stdout=printed, stderr=subprocess.STDOUT) as torchrun,
+    ):
+        try:
+            wait_for_iterations(tmp_path, 3)
+            torchrun.send_signal(signal.SIGTERM)
+            assert torchrun.wait(40) != 0
+        finally:
+            torchrun.kill()
+    assert "successfully saved checkpoint" in (tmp_path / "printed").read_text()
     check_stopped(tmp_path, data)
 
 
-def test_plain_srun(data: str, tmp_path: Path, start: Start) -> None:
-    """`srun python pretrain_gpt.py`: only SLURM says who is who."""
-    argv = [*RECIPE, *flags(data, tmp_path, exit_interval=2, pipeline_model_parallel_size=2)]
-    slurm = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "7", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    tasks = [start(argv, SLURM_PROCID=str(task), SLURM_LOCALID=str(task), **slurm) for task in range(2)]
-    printed = [task.communicate(timeout=60)[0] for task in tasks]
-    assert [task.returncode for task in tasks] == [0, 0], printed
+def as_slurm_task(argv: list[str]) -> str:
+    """Run on every rank: what `srun python pretrain_gpt.py` finds, which is SLURM's variables only."""
+    rank, size = os.environ.pop("RANK"), os.environ.pop("WORLD_SIZE")
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        del os.environ[name]
+    os.environ.update(SLURM_PROCID=rank, SLURM_LOCALID=rank, SLURM_NTASKS=size, SLURM_JOB_ID="7")
+    return as_rank(argv)
+
+
+def test_plain_srun(data: str, tmp_path: Path) -> None:
+    printed = run_ranks(as_slurm_task, 2, flags(data, tmp_path, exit_interval=2, pipeline_model_parallel_size=2))
     assert "using world size: 2, data-parallel-size: 1" in printed[0]
     assert " iteration        2/" in printed[1]
     assert [row["iteration"] for row in metrics(tmp_path)] == [1, 2]
