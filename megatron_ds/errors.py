@@ -11,6 +11,8 @@ EXIT_CHECKPOINT = 4
 EXIT_FAULT = 5
 EXIT_RESUBMIT = 75
 """Saved and wants to be resubmitted (EX_TEMPFAIL of sysexits.h)."""
+EXIT_TERMINATED = 128 + 15
+"""Told to stop with nowhere to save to: resubmitting it would start over for ever."""
 
 
 class UserError(Exception):

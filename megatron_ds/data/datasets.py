@@ -63,6 +63,10 @@ def build_gpt_datasets(
     raise_open_file_limit()
     sources = _Sources(config, seq_length, seed, vocab_size, tokenizer_fingerprint)
     blends = _blends(config)
+    # All faults are found before the first index is built and stored.
+    for part, blend in enumerate(blends):
+        if blend is not None and num_samples[part]:
+            sources.check(part, blend, num_samples[part])
     built = [
         sources.part(part, blends[part], num_samples[part]) if num_samples[part] else None for part in range(len(PARTS))
     ]
@@ -101,6 +105,18 @@ class _Sources:
         self.vocab_size, self.fingerprint = vocab_size, fingerprint
         self.opened: dict[str, IndexedDataset] = {}
         self.caches: dict[Path, IndexCache] = {}
+
+    def check(self, part: int, blend: Blend, samples: int) -> None:
+        """Open what a part reads.
+
+        Raises: DataError for a damaged or unfitting file, or for a source without a token for this part
+        """
+        ranges = [self.range(prefix, part) for prefix in blend.prefixes]
+        if part and all(found is None for found in ranges):
+            return
+        for prefix, (begin, end) in zip(blend.prefixes, (found or (0, 0) for found in ranges), strict=True):
+            if not int(self.open(prefix).lengths[begin:end].sum(dtype="int64")):
+                raise self.empty(part, self.open(prefix), samples)
 
     def part(self, part: int, blend: Blend | None, samples: int) -> TokenDataset | None:
         """One of the three sets."""
@@ -164,7 +180,7 @@ class _Sources:
         """The dataset of a prefix, opened and checked once."""
         if prefix not in self.opened:
             data = IndexedDataset(prefix, mmap_bin=self.config.mmap_bin_files)
-            check_vocabulary(data, self.vocab_size, self.fingerprint, self.cache(prefix))
+            check_vocabulary(data, self.vocab_size, self.fingerprint)
             self.opened[prefix] = data
         return self.opened[prefix]
 
@@ -182,12 +198,10 @@ class _Sources:
     def source(self, part: int, prefix: str, found: Range | None, samples: int | None) -> GPTDataset:
         """Samples of one part of one dataset, one epoch where their number is not given.
 
-        Raises: DataError if that part is empty: no number of epochs would fill it
+        Raises: DataError if one epoch holds not even one sample
         """
         data = self.open(prefix)
         begin, end = found or (0, 0)
-        if not int(data.lengths[begin:end].sum(dtype="int64")):
-            raise self.empty(part, data, samples)
         key = {
             "data": data.fingerprint,
             "range": [begin, end],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -98,7 +99,10 @@ def build_tokenizer(config: TokenizerConfig, default_type: str = "GPT2BPETokeniz
     """
     name = config.tokenizer_type or default_type
     if name not in _KINDS:
-        raise ConfigError("--tokenizer-type", found=name, expected=f"one of {', '.join(_KINDS)}")
+        near = difflib.get_close_matches(name, _KINDS, n=1, cutoff=0) or [default_type]
+        raise ConfigError(
+            "--tokenizer-type", found=name, expected=f"one of {', '.join(_KINDS)}", fix=f"--tokenizer-type {near[0]}"
+        )
     return _KINDS[name].build(config, name)
 
 
@@ -116,7 +120,7 @@ def planned_vocab_size(config: TokenizerConfig, default_type: str = "GPT2BPEToke
         return config.vocab_size + config.vocab_extra_ids, f"--vocab-size, for {absent}"
     if kind.usual_size is None:
         raise ConfigError(
-            f"--{kind.flags[0]}", found=absent, expected="the file, or --vocab-size for a plan without it"
+            f"--{kind.flags[0]}", found=absent, expected="the file, or --vocab-size", fix="--vocab-size 32000, say"
         )
     return kind.usual_size + config.vocab_extra_ids, f"the usual {kind.usual_size}, for {absent}"
 
@@ -130,7 +134,9 @@ def _file(config: TokenizerConfig, flag: str, name: str) -> Path:
     """The path that a flag gives, which must be there: nothing is ever downloaded."""
     given = vars(config)[flag.replace("-", "_")]
     if given is None:
-        raise ConfigError(f"--{flag}", found="nothing", expected=f"a path, for --tokenizer-type {name}")
+        raise ConfigError(
+            f"--{flag}", found="nothing", expected=f"a path, for --tokenizer-type {name}", fix=f"--{flag} PATH"
+        )
     path = Path(given)
     if not path.exists():
         raise DataError(
@@ -167,7 +173,10 @@ def _gpt2_bpe(config: TokenizerConfig, name: str) -> Tokenizer:
         raise _unreadable("--vocab-file, --merge-file", exc, "vocab.json and merges.txt of one tokenizer") from exc
     if "<|endoftext|>" not in vocab:
         raise DataError(
-            f"--vocab-file {files[0]}", found="no token <|endoftext|>", expected="one, to end documents with"
+            f"--vocab-file {files[0]}",
+            found="no token <|endoftext|>",
+            expected="one, to end documents with",
+            fix="train the BPE with <|endoftext|> among its special tokens",
         )
     library: Any = Library(model)
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -222,7 +231,12 @@ def _sentencepiece(config: TokenizerConfig, name: str) -> Tokenizer:
     elif name == "Llama2Tokenizer":
         bos = [model.bos_id()]
     if eod < 0 or (bos and bos[0] < 0):
-        raise DataError(f"--tokenizer-model {path}", found="a model without bos or eos", expected=f"both, for {name}")
+        raise DataError(
+            f"--tokenizer-model {path}",
+            found="a model without bos or eos",
+            expected=f"both, for {name}",
+            fix="--tokenizer-type GPTSentencePieceTokenizer, which needs eos only",
+        )
     return LocalTokenizer(
         name=name,
         own_size=own_size,
@@ -283,6 +297,7 @@ def _end_of_text(path: Path, vocab: Mapping[str, int]) -> int:
         f"--tokenizer-model {path}",
         found="no eos_token that its vocabulary holds",
         expected="tokenizer_config.json or special_tokens_map.json beside it that names one",
+        fix="copy that file from where the tokenizer comes from",
     )
 
 
@@ -290,10 +305,17 @@ def _null(config: TokenizerConfig, name: str) -> Tokenizer:
     """Texts are ids already: whole numbers between blanks."""
     size = config.vocab_size
     if size is None or size < 1:
-        raise ConfigError("--vocab-size", found=str(size), expected=f"a number >= 1, for --tokenizer-type {name}")
+        raise ConfigError(
+            "--vocab-size",
+            found=str(size),
+            expected=f"a number >= 1, for --tokenizer-type {name}",
+            fix="--vocab-size 50256, say",
+        )
     eod = size if config.null_tokenizer_eod_id is None else config.null_tokenizer_eod_id
     if not 0 <= eod <= size:
-        raise ConfigError("--null-tokenizer-eod-id", found=str(eod), expected=f"0 to {size} (--vocab-size)")
+        raise ConfigError(
+            "--null-tokenizer-eod-id", found=str(eod), expected=f"0 to {size} (--vocab-size)", fix="leave it out"
+        )
     return LocalTokenizer(
         name=name,
         own_size=size + 1,

@@ -5,16 +5,15 @@ from __future__ import annotations
 import numpy as np
 
 from megatron_ds import log
-from megatron_ds.data.index_cache import IndexCache
 from megatron_ds.data.indexed import IndexedDataset, bin_path
 from megatron_ds.data.sidecar import Sidecar, read_sidecar, sidecar_path
 from megatron_ds.errors import DataError
 
-_MAX_SCAN_BYTES = 4 << 30
+_MAX_SCAN_BYTES = 1 << 30
 """A larger .bin without a sidecar is not read through at start; its samples are checked as they are read."""
 
 
-def check_vocabulary(data: IndexedDataset, vocab_size: int, fingerprint: str | None, cache: IndexCache) -> None:
+def check_vocabulary(data: IndexedDataset, vocab_size: int, fingerprint: str | None) -> None:
     """Compare a dataset with the tokenizer, by its sidecar or else by its tokens.
 
     Raises: DataError for an id that is not in [0, vocab_size)
@@ -29,9 +28,8 @@ def check_vocabulary(data: IndexedDataset, vocab_size: int, fingerprint: str | N
     elif _cannot_exceed(data, vocab_size) or data.bin_bytes > _MAX_SCAN_BYTES:
         fits = True
     else:
-        key = {"data": data.fingerprint, "mtime_ns": bin_path(data.prefix).stat().st_mtime_ns}
-        low, high = cache.get("id_range", key, lambda: {"range": np.array(data.id_range(), np.int64)})["range"]
-        fits = bool(low >= 0 and high < vocab_size)
+        low, high = data.id_range()
+        fits = low >= 0 and high < vocab_size
     if not fits:
         found = data.first_id_outside(vocab_size)
         sequence, token = found if found is not None else (0, sidecar.max_token_id if sidecar else -1)

@@ -17,7 +17,7 @@ from megatron_ds import log
 from megatron_ds.config import Config, parse
 from megatron_ds.data.loader import MicrobatchLoader
 from megatron_ds.data.tokenizer import Tokenizer, build_tokenizer, planned_vocab_size
-from megatron_ds.errors import EXIT_FAULT, EXIT_RESUBMIT, ConfigError, ConfigErrors, UserError
+from megatron_ds.errors import EXIT_FAULT, EXIT_RESUBMIT, EXIT_TERMINATED, ConfigError, ConfigErrors, UserError
 from megatron_ds.kernels.table import Kernels
 from megatron_ds.optim.lr import lr_schedule
 from megatron_ds.parallel import context, launch
@@ -83,6 +83,9 @@ def _main(recipe: Recipe, defaults: Mapping[str, Any], argv: Sequence[str], stop
     _say_time("after model, optimizer, and learning rate scheduler are built")
     stopped = _train_and_test(_loop(engine, recipe, datasets, progress, stop, begun), datasets, engine)
     context.stop()
+    if stopped and not config.checkpoint.save:
+        log.warn("told to stop, and nothing is saved: there is no --save")
+        return EXIT_TERMINATED
     return EXIT_RESUBMIT if stopped else 0
 
 

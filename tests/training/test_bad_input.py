@@ -106,13 +106,10 @@ CONFIG_CASES = {
     "device": Case({"device": "cuda"}, ("--device", "no GPU", "--device auto")),
     "save": Case({"save": "data/text.bin/x"}, ("--save", "data/text.bin is not a directory")),
 }
-NO_FIX = {"tokenizer flags", "tokenizer type"}
 
 
 @pytest.mark.parametrize("name", CONFIG_CASES)
-def test_configuration(name: str, place: Path, request: pytest.FixtureRequest) -> None:
-    if name in NO_FIX:
-        request.applymarker(pytest.mark.xfail(reason="data/tokenizer.py: ConfigError without a fix"))
+def test_configuration(name: str, place: Path) -> None:
     flags, says, ranks = CONFIG_CASES[name]
     message = refused(place, CONFIG, flags, RANK="0", WORLD_SIZE=str(ranks))
     for part in says:
@@ -171,13 +168,10 @@ DATA_CASES: dict[str, tuple[dict[str, Value], Callable[[Path], object], tuple[st
         lambda place: None, ("--vocab-file vocab.json", "no such file"),
     ),
 }  # fmt: skip
-WRITES = {"id too large", "empty validation", "empty training"}
 
 
 @pytest.mark.parametrize("name", DATA_CASES)
-def test_data(name: str, place: Path, request: pytest.FixtureRequest) -> None:
-    if name in WRITES:
-        request.applymarker(pytest.mark.xfail(reason="data/datasets.py: caches before all checks are done"))
+def test_data(name: str, place: Path) -> None:
     flags, damage, says = DATA_CASES[name]
     damage(place)
     message = refused(place, DATA, flags)

@@ -15,8 +15,9 @@ from megatron_ds.parallel.context import Axis
 CONFIGS = {
     "gpt2": TransformerConfig(num_layers=3, hidden_size=64, num_attention_heads=4),
     "llama": TransformerConfig(
-        num_layers=2, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, swiglu=True, normalization="RMSNorm",
-        position_embedding_type="rope", add_bias_linear=False, untie_embeddings_and_output_weights=True,
+        num_layers=2, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, swiglu=True,
+        normalization="RMSNorm", position_embedding_type="rope", add_bias_linear=False,
+        untie_embeddings_and_output_weights=True,
     ),
     "wide heads": TransformerConfig(num_layers=1, hidden_size=64, num_attention_heads=4, kv_channels=32),
 }  # fmt: skip
