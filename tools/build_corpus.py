@@ -24,6 +24,8 @@ from megatron_ds.errors import EXIT_OK, ConfigError, DataError, UserError
 
 SUFFIXES = (".py", ".txt", ".rst")
 NOT_OURS = frozenset({"site-packages", "dist-packages", "__pycache__", "lib-dynload"})
+TABLES = frozenset({"encodings"})
+"""Generated tables of characters: a tenth of the text, and nothing to learn from."""
 TESTS = frozenset({"test", "tests", "idle_test"})
 TOPICS = "pydoc_data/topics.py"
 SHORTEST_TEXT_CHARS = 64
@@ -41,7 +43,7 @@ class CorpusConfig:
 
 def source_files(root: Path, include_tests: bool) -> Iterator[Path]:
     """Every text file below `root`, in an order that does not depend on the file system."""
-    skipped = NOT_OURS if include_tests else NOT_OURS | TESTS
+    skipped = NOT_OURS | TABLES if include_tests else NOT_OURS | TABLES | TESTS
     for directory, children, names in os.walk(root):
         children[:] = sorted(set(children) - skipped)
         yield from (Path(directory, name) for name in sorted(names) if name.endswith(SUFFIXES))

@@ -26,13 +26,13 @@ class DropoutStreams:
     seed: int
     tp_rank: int
     sample: int = 0
-    device: torch.device = torch.device("cpu")
+    device_type: str = "cpu"
 
     def enter(self, layer: int, site: str, per_head: bool = False) -> None:
         """Begin the stream of one dropout; `per_head` where tensor-parallel ranks hold different elements."""
         seed = stream_seed(self.seed, self.sample, layer, site, self.tp_rank if per_head else "all")
         # torch.manual_seed would seed every kind of device, which takes ten times as long.
-        if self.device.type == "cuda":
+        if self.device_type == "cuda":
             torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(seed)
         else:
             torch.default_generator.manual_seed(seed)

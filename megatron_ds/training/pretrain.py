@@ -208,7 +208,7 @@ def _device(config: Config) -> torch.device:
 def _join(config: Config, plan: Plan, tokenizer: Tokenizer | None, device: torch.device) -> Run:
     parallel = context.start(config.parallel, plan.sizes, device)
     _say_time("after megatron is initialized")
-    streams = DropoutStreams(config.training.seed, parallel.tp.rank, device=device)
+    streams = DropoutStreams(config.training.seed, parallel.tp.rank, device_type=device.type)
     return Run(config, plan, parallel, Kernels(), device, tokenizer, streams)
 
 
