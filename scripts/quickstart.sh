@@ -19,7 +19,7 @@ OUT="${OUT:-$ROOT/runs/quickstart}"
 # ---- sizes: all the numbers of this script, chosen for less than ten minutes on two CPU cores
 VOCAB_SIZE=8192
 SPLIT=94,4,2
-CPU_ITERS=300
+CPU_ITERS=240
 CPU_CORPUS=()
 CPU_MODEL=(--num-layers 6 --hidden-size 256 --num-attention-heads 4 --seq-length 256 --max-position-embeddings 256
     --micro-batch-size 8 --global-batch-size 16 --lr 1e-3 --min-lr 1e-4 --lr-warmup-fraction 0.1 --eval-iters 8)
