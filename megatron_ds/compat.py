@@ -31,6 +31,7 @@ class CompatConfig:
         "--use-flash-attn-triton",
         "--use-flash-attn-builder",
     )
+    attention_backend: str | None = _noop("torch's scaled_dot_product_attention chooses", value=True)
     no_masked_softmax_fusion: bool = _noop("attention has no separate softmax")
     no_query_key_layer_scaling: bool = _noop("scores are not scaled by layer in fp32 and bf16")
     no_bias_gelu_fusion: bool = _noop("bias and activation are torch's own")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from megatron_ds.cli import arg
 
@@ -46,9 +45,6 @@ class TransformerConfig:
     attention_dropout: float = arg(0.1, "Dropout of attention probabilities.")
     hidden_dropout: float = arg(0.1, "Dropout of embeddings and of every residual branch.")
     init_method_std: float = arg(0.02, "Standard deviation of initial weights; output projections get it / sqrt(2L).")
-    attention_backend: Literal["auto", "flash", "fused", "unfused", "local"] = arg(
-        "auto", "torch's scaled_dot_product_attention chooses; the names are accepted and have no other effect."
-    )
 
     @property
     def head_size(self) -> int:

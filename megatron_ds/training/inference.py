@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from megatron_ds.checkpoint.load import find, load
 from megatron_ds.data.config import TokenizerConfig
 from megatron_ds.data.tokenizer import Tokenizer, build_tokenizer
+from megatron_ds.errors import CheckpointError
 from megatron_ds.model.config import TransformerConfig
 from megatron_ds.model.embedding import Vocab
 from megatron_ds.model.gpt import GPTModel, Stage
@@ -32,7 +34,7 @@ def load_trained(directory: str, step: int | None = None, device: str = "cpu") -
     """
     found = find(directory, step)
     state = found.index.state
-    config = TransformerConfig(**state["model"])
+    config = _model_config(state["model"], str(found.path))
     assert config.num_layers
     vocab = Vocab(state["vocab_size"], state["vocab_size"])
     dtype = torch.bfloat16 if state["bf16"] else torch.float32
@@ -50,6 +52,13 @@ def load_trained(directory: str, step: int | None = None, device: str = "cpu") -
     load(found.index, [p for n, spec in table.items() for p in spec.pieces(values[n], 0, 1, f"model/{n}")])
     tokenizer = build_tokenizer(TokenizerConfig(**state["tokenizer"]), "GPT2BPETokenizer")
     return Trained(model.eval(), tokenizer, state["seq_length"], found.iteration)
+
+
+def _model_config(stored: Mapping[str, Any], where: str) -> TransformerConfig:
+    unknown = sorted(set(stored) - {field.name for field in dataclasses.fields(TransformerConfig)})
+    if unknown:
+        raise CheckpointError(where, f"a model with {', '.join(unknown)}", "a model that this version knows", "update")
+    return TransformerConfig(**stored)
 
 
 @torch.inference_mode()

@@ -176,3 +176,12 @@ def assemble(pieces: Sequence[tuple[str, tuple[int, ...], tuple[slice, ...], tor
         tensor = out.setdefault(name, torch.full(shape, torch.nan))
         tensor[where] = torch.where(tensor[where].isnan(), values, torch.nan)
     return out
+
+
+def resave(argv: Sequence[str]) -> None:
+    """Run on every rank: load what --load says and save it again at once."""
+    engine = start(argv)
+    index = checkpoint_to_load(engine.run.config)
+    assert index is not None
+    save_checkpoint(engine, load_checkpoint(engine, index))
+    context.stop()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.helpers.ranks import run_ranks
-from tests.parity.harness import STYLES, arguments, batches, resume, train, train_and_save
+from tests.parity.harness import STYLES, arguments, batches, resave, resume, train, train_and_save
 from tests.parity.test_gpt import layout_arguments
 from tests.reference import gpt as oracle
 
@@ -55,6 +57,35 @@ def test_another_layout_goes_on_within_rounding(
     for (got_loss, got_norm), (true_loss, true_norm) in zip(got, saved[2], strict=True):
         assert got_loss == pytest.approx(true_loss, rel=loss)
         assert got_norm == pytest.approx(true_norm, rel=norm)
+
+
+def whole_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the latest checkpoint, by docs/checkpoint_format.md and the safetensors library alone."""
+    latest = (directory / "latest_checkpointed_iteration.txt").read_text()
+    folder = directory / f"iter_{int(latest):07d}"
+    index = json.loads((folder / "index.json").read_text())
+    files = {name: load_file(folder / name) for name in index["files"]}
+    out = {}
+    for name, entry in index["tensors"].items():
+        out[name] = torch.zeros(entry["shape"], dtype=files[entry["boxes"][0]["file"]][entry["boxes"][0]["key"]].dtype)
+        for box in entry["boxes"]:
+            where = tuple(slice(a, a + n) for a, n in zip(box["start"], box["shape"], strict=True))
+            out[name][where] = files[box["file"]][box["key"]]
+    return out
+
+
+@pytest.mark.parametrize(("tp", "pp", "dp", "zero"), [(1, 1, 1, 0), (4, 1, 1, 0), (1, 4, 1, 0), (1, 1, 4, 1)])
+def test_weights_and_moments_are_carried_over_bit_by_bit(
+    saved: tuple[Path, list[str], list[tuple[float, float]]], tmp_path: Path, tp: int, pp: int, dp: int, zero: int
+) -> None:
+    argv = arguments(STYLES["gpt2"], *layout_arguments(tp, pp), "--zero-stage", str(zero), *saved[1])
+    argv += ["--load", str(saved[0]), "--save", str(tmp_path), "--save-interval", "1000"]
+    run_ranks(resave, tp * pp * dp, argv)
+    before, after = whole_tensors(saved[0]), whole_tensors(tmp_path)
+    assert before.keys() == after.keys()
+    assert any(name.endswith("exp_avg_sq") and tensor.any() for name, tensor in before.items())
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]), name
 
 
 def test_a_bf16_checkpoint_starts_an_fp32_run_from_its_masters(tmp_path: Path) -> None:
