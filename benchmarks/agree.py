@@ -50,9 +50,11 @@ def main() -> int:
         for step in range(STEPS):
             batch = random_batch(TINY, step)
             found, expected = ours.step(tuple(part.to(device) for part in batch)), peer.step(batch)
-            error = abs(found - expected) / expected
-            worst = max(worst, error / tolerance)
-            print(f"{dtype} step {step}: ours on {device} {found:.6f}, peer on cpu {expected:.6f}, off by {error:.1e}")
+            pairs = {"loss": (found, expected), "grad norm": (ours.grad_norm, peer.grad_norm)}
+            for name, (mine, theirs) in pairs.items():
+                error = abs(mine - theirs) / theirs
+                worst = max(worst, error / tolerance)
+                print(f"{dtype} step {step} {name}: ours on {device} {mine:.6f}, peer on cpu {theirs:.6f}, {error:.1e}")
     print("agree" if worst <= 1 else "DISAGREE")
     return int(worst > 1)
 

@@ -83,6 +83,7 @@ class OurStep:
         batches = (GPTBatch(tokens, labels, self.ones, self.positions) for tokens, labels in parts)
         result = train_step(self.engine, self.schedule, self.progress, batches, Timers(), stop=False, out_of_time=False)
         self.progress = self.progress.after_step(len(batch[0]), result.skipped)
+        self.grad_norm = result.grad_norm
         return result.loss
 
 

@@ -36,14 +36,12 @@ def arg(
     *flags: str,
     parse: Callable[[str], Any] | None = None,
     metavar: str | None = None,
-    nargs: str | None = None,
-    const: Any = None,
 ) -> Any:
     """A dataclass field that is also a command-line flag; `flags` replace the name derived from the field.
 
     The first flag is the one shown in messages, the others are older spellings of the same thing.
     """
-    metadata = {"help": help, "flags": flags, "parse": parse, "metavar": metavar, "nargs": nargs, "const": const}
+    metadata = {"help": help, "flags": flags, "parse": parse, "metavar": metavar}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -76,8 +74,6 @@ def _flag(field: dataclasses.Field[Any], hint: Any) -> Flag:
     else:
         names = meta["flags"] or (f"--{name}",)
         options = {**_value_options(inner, meta["parse"]), "metavar": meta["metavar"]}
-        if meta["nargs"]:
-            options |= {"nargs": meta["nargs"], "const": meta["const"]}
     return Flag(field.name, tuple(names), field.default, meta["help"], options)
 
 

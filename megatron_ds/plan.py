@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -81,6 +82,14 @@ def make_plan(config: Config, world_size: int, vocab_size: int) -> Plan:
         actions=build(config.parallel.pipeline_schedule, pp, num_microbatches),
         eval_actions=build("forward", pp, num_microbatches),
     )
+
+
+def continue_from(plan: Plan, training: TrainingConfig, iteration: int, consumed_samples: int) -> Plan:
+    """The plan of a run that stands at `iteration`: a length in samples holds even if the batch has changed since."""
+    if training.train_samples is None:
+        return plan
+    left = max(0, training.train_samples - consumed_samples) // plan.global_batch_size
+    return dataclasses.replace(plan, train_iters=iteration + left)
 
 
 def samples_from(plan: Plan, training: TrainingConfig, iteration: int, train: int, valid: int) -> SampleCounts:

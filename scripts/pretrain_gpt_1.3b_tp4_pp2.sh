@@ -21,12 +21,9 @@ FLAGS=(
     --seq-length 1024 --max-position-embeddings 1024
     --train-iters 500000 --lr 2.5e-4 --clip-grad 1.0 --bf16
     --split "969,30,1" --data-path "$DATA" --vocab-file "$VOCAB" --merge-file "$MERGES"
-    --log-interval 10 --eval-interval 1000 --eval-iters 10 --save-interval 1000 --save "$OUT/checkpoints"
+    --log-interval 10 --eval-interval 1000 --eval-iters 10 --save-interval 1000 --save "$OUT/checkpoints" --load "$OUT/checkpoints"
     --tensorboard-dir "$OUT/tensorboard"
 )
-if [[ -e "$OUT/checkpoints/latest_checkpointed_iteration.txt" ]]; then
-    FLAGS+=(--load "$OUT/checkpoints")
-fi
 
 if [[ "${1:-}" == --dry-run ]]; then
     exec python "$ROOT/pretrain_gpt.py" "${FLAGS[@]}" --world-size "$RANKS" "$@"

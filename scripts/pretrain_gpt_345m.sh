@@ -22,12 +22,9 @@ FLAGS=(
     --lr-decay-iters 320000 --lr-warmup-fraction 0.01
     --weight-decay 0.01 --clip-grad 1.0 --bf16 --use-distributed-optimizer
     --data-path "$DATA" --vocab-file "$VOCAB" --merge-file "$MERGES" --split "969,30,1"
-    --log-interval 10 --eval-interval 1000 --eval-iters 10 --save-interval 1000 --save "$OUT/checkpoints"
+    --log-interval 10 --eval-interval 1000 --eval-iters 10 --save-interval 1000 --save "$OUT/checkpoints" --load "$OUT/checkpoints"
     --tensorboard-dir "$OUT/tensorboard"
 )
-if [[ -e "$OUT/checkpoints/latest_checkpointed_iteration.txt" ]]; then
-    FLAGS+=(--load "$OUT/checkpoints")
-fi
 
 if [[ "${1:-}" == --dry-run ]]; then
     exec python "$ROOT/pretrain_gpt.py" "${FLAGS[@]}" --world-size "$RANKS" "$@"

@@ -24,12 +24,9 @@ FLAGS=(
     --train-iters 100000 --lr 4e-4 --min-lr 4e-5 --lr-decay-style cosine --lr-warmup-iters 2000
     --weight-decay 0.1 --adam-beta2 0.95 --clip-grad 1.0 --bf16
     --data-path "$DATA" --tokenizer-type Llama2Tokenizer --tokenizer-model "$TOKENIZER" --split "969,30,1"
-    --log-interval 10 --eval-interval 1000 --eval-iters 10 --save-interval 1000 --save "$OUT/checkpoints"
+    --log-interval 10 --eval-interval 1000 --eval-iters 10 --save-interval 1000 --save "$OUT/checkpoints" --load "$OUT/checkpoints"
     --tensorboard-dir "$OUT/tensorboard"
 )
-if [[ -e "$OUT/checkpoints/latest_checkpointed_iteration.txt" ]]; then
-    FLAGS+=(--load "$OUT/checkpoints")
-fi
 
 if [[ "${1:-}" == --dry-run ]]; then
     exec python "$ROOT/pretrain_gpt.py" "${FLAGS[@]}" --world-size "$RANKS" "$@"

@@ -151,11 +151,10 @@ preprocess() {
 
 # The target is the next multiple of ITERS: an interrupted run is finished first, a finished one goes on as long again.
 train() {
-    local behind=0 target resume=()
+    local behind=0 target
     local eval_every=$(((ITERS + 7) / 8)) save_every=$(((ITERS + 1) / 2))
     if [[ -e "$LATEST" ]]; then
         behind="$(cat "$LATEST")"
-        resume=(--load "$OUT/checkpoints")
     fi
     target=$(((behind / ITERS + 1) * ITERS))
     if ((behind > 0)); then
@@ -166,7 +165,7 @@ train() {
     run torchrun --standalone --nproc-per-node "$RANKS" pretrain_gpt.py \
         "${PARALLEL[@]}" "${MODEL[@]}" "${COMMON[@]}" --train-iters "$target" \
         --data-path "$DATA" --split "$SPLIT" --vocab-file "$OUT/vocab.json" --merge-file "$OUT/merges.txt" \
-        --eval-interval "$eval_every" --save-interval "$save_every" --save "$OUT/checkpoints" ${resume[@]+"${resume[@]}"} \
+        --eval-interval "$eval_every" --save-interval "$save_every" --save "$OUT/checkpoints" --load "$OUT/checkpoints" \
         --tensorboard-dir "$OUT/tensorboard" --metrics-file "$OUT/metrics.jsonl" && return
     local code=$?
     echo "training stopped (code $code); the same command resumes from the last checkpoint in $OUT/checkpoints" >&2

@@ -35,7 +35,6 @@ class Files:
     data_path: tuple[str, ...] = arg((), "Prefixes.")
     split: str = arg("969, 30, 1", "Shares.")
     config_file: str | None = arg(None, "JSON.", "--deepspeed_config", "--ds-config")
-    profile: str | None = arg(None, "Profile.", nargs="?", const="pt")
     size: int | None = arg(None, "Bytes.", parse=lambda text: int(text.removesuffix("k")) * 1000)
 
 
@@ -88,12 +87,11 @@ def test_switches():
 
 
 def test_lists_choices_and_optional_values():
-    argv = "--data-path 0.3 a_text 0.7 b_text --normalization rmsnorm --profile"
+    argv = "--data-path 0.3 a_text 0.7 b_text --normalization rmsnorm"
     sizes, files = parse(*argv.split(), "--split", "9, 1")
     assert files.data_path == ("0.3", "a_text", "0.7", "b_text")
     assert sizes.normalization == "RMSNorm"
-    assert (files.profile, files.split) == ("pt", "9, 1")
-    assert parse("--profile", "full", "--swiglu")[1].profile == "full"
+    assert files.split == "9, 1"
 
 
 def test_typed_wins_over_the_recipes_defaults_which_win_over_ours():

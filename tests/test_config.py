@@ -44,7 +44,7 @@ WITH_EFFECT = """
     --tokenizer-type=GPT2BPETokenizer --attention-dropout=0 --hidden-dropout=0 --kv-channels=64 --disable-bias-linear
     --lr-warmup-iters=2 --normalization=rmsnorm --swiglu --tokenizer-model=x --untie-embeddings-and-output-weights
     --use-rotary-position-embeddings --bf16 --encoder-seq-length=512 --position-embedding-type=rope
-    --rotary-percent=0.25 --attention-backend=flash --make-vocab-size-divisible-by=1 --rotary-base=10000
+    --rotary-percent=0.25 --make-vocab-size-divisible-by=1 --rotary-base=10000
     --use-distributed-optimizer --vocab-extra-ids=100 --data-cache-path=c --distributed-timeout-minutes=60
     --group-query-attention --num-query-groups=8 --manual-gc --manual-gc-interval=100 --no-mmap-bin-files
     --mock-data --vocab-size=32000 --log-params-norm --log-num-zeros-in-grad --timing-log-level=2 --no-load-optim

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
@@ -23,8 +23,3 @@ class Kernels:
     rope: Callable[[Tensor, Tensor], Tensor] = rope.apply_rope
     attention: Callable[[Tensor, Tensor, Tensor, float], Tensor] = attention.causal_attention
     bias_dropout_add: Callable[[Tensor, Tensor | None, Tensor, float], Tensor] = dropout_add.bias_dropout_add
-
-    def report(self) -> list[str]:
-        """One line per operation: what was chosen."""
-        chosen = {field.name: getattr(self, field.name) for field in fields(self)}
-        return [f"{name}: {call.__module__.rpartition('.')[2]}.{call.__name__}" for name, call in chosen.items()]

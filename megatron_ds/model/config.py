@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_ds.cli import arg
 
@@ -76,3 +79,29 @@ class TransformerConfig:
     def rotated(self) -> int:
         """Features of a head that rope turns."""
         return int(self.head_size * self.rotary_percent)
+
+    def architecture(self) -> dict[str, object]:
+        """What weights mean, flag by flag with all defaults resolved; a checkpoint fits only where these are equal."""
+        rope = (self.rotary_percent, self.rotary_base) if self.uses_rope else None
+        return {
+            "--num-layers": self.num_layers,
+            "--hidden-size": self.hidden_size,
+            "--ffn-hidden-size": self.ffn_size,
+            "--num-attention-heads": self.num_attention_heads,
+            "--num-query-groups": self.kv_heads,
+            "--kv-channels": self.head_size,
+            "--position-embedding-type": "rope" if self.uses_rope else "learned_absolute",
+            "--rotary-percent, --rotary-base": rope,
+            "--normalization": self.normalization,
+            "--norm-epsilon": self.norm_epsilon,
+            "--swiglu": self.swiglu,
+            "--disable-bias-linear": not self.add_bias_linear,
+            "--add-qkv-bias": self.add_bias_linear or self.add_qkv_bias,
+            "--untie-embeddings-and-output-weights": self.untie_embeddings_and_output_weights,
+        }
+
+    @classmethod
+    def from_state(cls, stored: Mapping[str, Any]) -> TransformerConfig | None:
+        """Read back what a checkpoint stores; None for a model that this version does not know."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        return cls(**stored) if set(stored) <= known else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -27,13 +27,6 @@ class Stage(NamedTuple):
     stop: int
     is_first: bool
     is_last: bool
-
-
-class HasSpecs(Protocol):
-    """A module with parameters of its own."""
-
-    def specs(self) -> list[ParamSpec]:
-        """Rows of the parameter table, under local names."""
 
 
 class GPTModel(nn.Module):

@@ -110,7 +110,11 @@ class ZeroOptimizer:
 
         Shapes: -> scalar, fp64
         """
-        zeros = [(segment.grad == 0).sum() for segment in self._counted()]
+        zeros = [
+            (piece.tensor == 0).sum()
+            for segment in self._counted()  # by pieces, which leave out the padding of the vocabulary
+            for piece in segment.spec.flat_pieces(segment.grad, segment.start, self.tp.rank, self.tp.size)
+        ]
         return torch.stack(zeros).sum().double() if zeros else self._nothing()
 
     def _squared_norm(self, tensors: list[torch.Tensor]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The collectives, each the identity on an axis of size 1, and the autograd pairs built from them.
+"""The collectives, each the identity on an axis of size 1.
 
 Nothing outside this room imports torch.distributed.
 """
@@ -47,24 +47,17 @@ def all_gather_async(full: torch.Tensor, shard: torch.Tensor, axis: Axis) -> Any
     return _all_gather(full, shard, group=axis.group, async_op=True) if axis.size > 1 else Done()
 
 
-def broadcast(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """Copy the first rank's `tensor` to all ranks of the axis, in place."""
-    if axis.size > 1:
-        dist.broadcast(tensor, group=axis.group, group_src=0)
-    return tensor
-
-
 def barrier(axis: Axis) -> None:
     """Wait for all ranks of the axis."""
     if axis.size > 1:
         dist.barrier(group=axis.group)
 
 
-def gather_bytes(payload: bytes, axis: Axis, device: torch.device | None = None) -> list[bytes]:
+def gather_bytes(payload: bytes, axis: Axis) -> list[bytes]:
     """Every rank's payload on every rank, in rank order."""
     if axis.size == 1:
         return [payload]
-    device = device or _wire_device(axis)
+    device = _wire_device(axis)
     sizes = torch.zeros(axis.size, dtype=torch.int64, device=device)
     sizes[axis.rank] = len(payload)
     dist.all_reduce(sizes, group=axis.group)
@@ -82,17 +75,6 @@ def _wire_device(axis: Axis) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
 
 
-class _CopyTo(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, axis: Axis) -> torch.Tensor:
-        ctx.axis = axis
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return all_reduce(grad.contiguous(), ctx.axis), None
-
-
 class _ReduceFrom(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, axis: Axis) -> torch.Tensor:
@@ -102,16 +84,6 @@ class _ReduceFrom(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return grad, None
-
-
-def copy_to(x: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """Enter a region where each rank computes with its own shard of the weights.
-
-    Comm:   forward none; backward all-reduce over the axis
-    Source: Shoeybi et al. 2019, arXiv:1909.08053, sec. 3 (the operator f)
-    """
-    out: torch.Tensor = _CopyTo.apply(x, axis) if axis.size > 1 else x
-    return out
 
 
 def reduce_from(x: torch.Tensor, axis: Axis) -> torch.Tensor:

@@ -97,6 +97,9 @@ def start(config: ParallelConfig, sizes: dict[str, int], device: torch.device) -
     )
     mesh = init_device_mesh(device.type, tuple(sizes[name] for name in AXES), mesh_dim_names=AXES)
     axes = {name: _axis(name, mesh.get_group(name)) if sizes[name] > 1 else Axis.solo(name) for name in AXES}
+    for axis in axes.values():
+        if axis.size > 1:  # DeviceMesh has no way to say it, and gloo's own is half an hour
+            dist.distributed_c10d._set_pg_timeout(timeout, axis.group)
     return ParallelContext(
         **axes, world=_axis("world", dist.group.WORLD), embedding=_embedding_axis(mesh.mesh, axes["pp"], timeout)
     )

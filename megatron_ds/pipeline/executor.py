@@ -12,6 +12,7 @@ from megatron_ds.parallel.context import Axis
 from megatron_ds.parallel.p2p import Transfer, exchange
 from megatron_ds.parallel.rng import DropoutStreams
 from megatron_ds.pipeline.schedule import COMMUNICATION, Action, Kind, peer, runs
+from megatron_ds.timers import Timers
 
 Loss = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """Of the last stage's output: the sum of the target tokens' losses, and how many target tokens there are."""
@@ -20,6 +21,16 @@ ForwardStep = Callable[[Any, nn.Module, "torch.Tensor | None"], "tuple[torch.Ten
 
 
 MAX_SENDS_IN_FLIGHT = 4
+TIMER_NAMES = {
+    Kind.F: "forward-compute",
+    Kind.B: "backward-compute",
+    Kind.REDUCE: "grads-sync",
+    Kind.SEND_F: "forward-send",
+    Kind.RECV_F: "forward-recv",
+    Kind.SEND_B: "backward-send",
+    Kind.RECV_B: "backward-recv",
+}
+"""Megatron's; a run of messages bears all of its names."""
 
 
 class Microbatch(NamedTuple):
@@ -68,7 +79,7 @@ class Executor:
         self.pp, self.wire, self.streams, self.loss_scale = pp, wire, streams, loss_scale
         self.do = {Kind.F: self._forward, Kind.B: self._backward, Kind.REDUCE: self._reduce}
 
-    def run(self, actions: Sequence[Action], microbatches: Sequence[Microbatch]) -> torch.Tensor:
+    def run(self, actions: Sequence[Action], microbatches: Sequence[Microbatch], timers: Timers) -> torch.Tensor:
         """Execute one step's actions.
 
         Shapes: -> [2] fp64: loss sum, target tokens; zero on all but the last stage
@@ -83,12 +94,13 @@ class Executor:
         completes = {a.microbatch for a in actions if a.kind is Kind.REDUCE}
         with torch.set_grad_enabled(self.training):
             for run in runs(actions):
-                if run[0].kind in COMMUNICATION:
-                    self._communicate(run)
-                    continue
                 if run[0].kind is Kind.B and run[0].microbatch in completes:
                     self.gradients.arm()
-                self.do[run[0].kind](run[0].microbatch)
+                with timers("-".join(TIMER_NAMES[action.kind] for action in run), level=2):
+                    if run[0].kind in COMMUNICATION:
+                        self._communicate(run)
+                    else:
+                        self.do[run[0].kind](run[0].microbatch)
         for work, _ in self.sent:
             work.wait()
         return self.total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -81,7 +82,8 @@ def build_engine(run: Run, recipe: Recipe) -> Engine:
         pp=parallel.pp,
         streams=run.streams,
         wire=Wire((plan.seq_length, plan.micro_batch_size, hidden), run.dtype, run.device),
-        loss_scale=1.0 / plan.tokens_per_batch,
+        # About 1 / positions, but a power of two: exact in every precision. The step makes up for the difference.
+        loss_scale=2.0 ** -math.ceil(math.log2(plan.tokens_per_batch)),
     )
     return Engine(
         run, model, table, buckets, ZeroOptimizer(buckets, optimizer, tp=parallel.tp, dp=parallel.dp), executor

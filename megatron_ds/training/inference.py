@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -34,7 +33,9 @@ def load_trained(directory: str, step: int | None = None, device: str = "cpu") -
     """
     found = find(directory, step)
     state = found.index.state
-    config = _model_config(state["model"], str(found.path))
+    config = TransformerConfig.from_state(state["model"])
+    if config is None:
+        raise CheckpointError(str(found.path), "a model with unknown options", "one of this version's", "update")
     assert config.num_layers
     vocab = Vocab(state["vocab_size"], state["vocab_size"])
     dtype = torch.bfloat16 if state["bf16"] else torch.float32
@@ -52,13 +53,6 @@ def load_trained(directory: str, step: int | None = None, device: str = "cpu") -
     load(found.index, [p for n, spec in table.items() for p in spec.pieces(values[n], 0, 1, f"model/{n}")])
     tokenizer = build_tokenizer(TokenizerConfig(**state["tokenizer"]), "GPT2BPETokenizer")
     return Trained(model.eval(), tokenizer, state["seq_length"], found.iteration)
-
-
-def _model_config(stored: Mapping[str, Any], where: str) -> TransformerConfig:
-    unknown = sorted(set(stored) - {field.name for field in dataclasses.fields(TransformerConfig)})
-    if unknown:
-        raise CheckpointError(where, f"a model with {', '.join(unknown)}", "a model that this version knows", "update")
-    return TransformerConfig(**stored)
 
 
 @torch.inference_mode()

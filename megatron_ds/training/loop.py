@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from megatron_ds import log
+from megatron_ds.data.loader import MicrobatchLoader
 from megatron_ds.optim.lr import LRSchedule
 from megatron_ds.parallel.collectives import all_reduce, gather_bytes
 from megatron_ds.timers import Timers, longest, timer_block
@@ -21,7 +24,7 @@ from megatron_ds.training.progress import Progress
 from megatron_ds.training.resume import save_checkpoint
 from megatron_ds.training.step import StepResult, evaluate, train_step
 
-Batches = Callable[[Progress], Iterator[Any]]
+Batches = Callable[[Progress], MicrobatchLoader]
 """Batches of a dataset from where a run stands."""
 
 
@@ -40,6 +43,7 @@ class Loop:
     stop: Callable[[], bool]
     begun: float
     saved_at: int | None = None
+    timed_iterations: int = 0
 
     def train(self) -> bool:
         """Train until the iterations are done or a reason to leave comes; True if told to stop."""
@@ -63,8 +67,11 @@ class Loop:
             self.progress = self.progress.after_step(plan.global_batch_size, result.skipped)
             self._log(result, time.perf_counter() - begun)
             stopped = result.stop
-            if not stopped and self._every(training.eval_interval) and self.valid_batches:
-                stopped = self._validate()
+            if self._every(training.eval_interval) and self.valid_batches:
+                stopped = stopped or self._validate()
+                # Also when it was left out: later validations must read the same rows as without the interruption.
+                validated = training.eval_iters * plan.global_batch_size
+                self.progress = self.progress.after_validation(validated)
             if self._every(self.engine.run.config.checkpoint.save_interval):
                 self.save()
             if training.manual_gc and self._every(training.manual_gc_interval):
@@ -75,33 +82,30 @@ class Loop:
             if self._every(training.exit_interval):
                 log.info(f"exiting program at iteration {self.progress.iteration}")
                 break
+        batches.close()
         self.save()
         return stopped
 
     def save(self) -> None:
         """Save unless there is nowhere to, or nothing new."""
         if self.engine.run.config.checkpoint.save and self.saved_at != self.progress.iteration:
-            with self.timers("save-checkpoint"):
-                save_checkpoint(self.engine, self.progress)
+            save_checkpoint(self.engine, self.progress)
             self.saved_at = self.progress.iteration
 
-    def final_evaluation(self, batches: Iterator[Any], split: Literal["validation", "test"]) -> bool:
+    def final_evaluation(self, batches: MicrobatchLoader, split: Literal["validation", "test"]) -> bool:
         """The pass over the validation or test set after the training; True if told to stop."""
         drawn = self.engine.run.config.training.eval_iters * self.engine.run.plan.global_batch_size
         where = f"iteration {self.progress.iteration} on {drawn}-sample draw from {split} set"
         return self._evaluate(batches, where, split)
 
     def _validate(self) -> bool:
-        training, plan = self.engine.run.config.training, self.engine.run.plan
         assert self.valid_batches
-        stopped = self._evaluate(
-            self.valid_batches(self.progress), f"iteration {self.progress.iteration}", "validation"
-        )
-        self.progress = self.progress.after_validation(training.eval_iters * plan.global_batch_size)
-        return stopped
+        where = f"iteration {self.progress.iteration}"
+        return self._evaluate(self.valid_batches(self.progress), where, "validation")
 
-    def _evaluate(self, batches: Iterator[Any], where: str, split: Literal["validation", "test"]) -> bool:
-        loss, stopped = evaluate(self.engine, batches, self.engine.run.config.training.eval_iters, self.stop)
+    def _evaluate(self, batches: MicrobatchLoader, where: str, split: Literal["validation", "test"]) -> bool:
+        with closing(batches):
+            loss, stopped = evaluate(self.engine, batches, self.engine.run.config.training.eval_iters, self.stop)
         if not stopped:
             self.metrics.validation(where, {"lm loss": loss}, self._position(), split)
         if self.engine.run.config.training.manual_gc:
@@ -122,7 +126,7 @@ class Loop:
                 loss_scale=1.0,
                 global_batch_size=plan.global_batch_size,
                 skipped=result.skipped,
-                nan=result.skipped,
+                nan=not math.isfinite(result.loss),
                 elapsed_s=elapsed_s,
                 tokens_per_s=tokens_per_s,
                 tflops=tokens_per_s * self.flops_per_token / plan.world_size / 1e12,
@@ -130,6 +134,7 @@ class Loop:
                 num_zeros=result.num_zeros,
             )
         )
+        self.timed_iterations += 1
         if self._every(self.engine.run.config.logging.log_interval):
             self._log_timers()
 
@@ -139,10 +144,10 @@ class Loop:
         if logging.timing_log_level == 0:
             return
         ranks = [json.loads(raw) for raw in gather_bytes(json.dumps(self.timers.elapsed()).encode(), world)]
-        log.last(timer_block(ranks, logging.timing_log_option, logging.log_interval))
-        self.metrics.timers(
-            {name: value / logging.log_interval for name, value in longest(ranks).items()}, self._position()
-        )
+        log.last(timer_block(ranks, logging.timing_log_option, self.timed_iterations))
+        seconds = {name: value / self.timed_iterations for name, value in longest(ranks).items()}
+        self.metrics.timers(seconds, self._position())
+        self.timed_iterations = 0
 
     def _out_of_time(self) -> bool:
         minutes = self.engine.run.config.training.exit_duration_in_mins

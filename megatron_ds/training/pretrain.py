@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -24,7 +25,7 @@ from megatron_ds.parallel import context, launch
 from megatron_ds.parallel.collectives import gather_bytes
 from megatron_ds.parallel.context import ParallelContext
 from megatron_ds.parallel.rng import DropoutStreams
-from megatron_ds.plan import Plan, SampleCounts, make_plan, samples_from
+from megatron_ds.plan import Plan, SampleCounts, continue_from, make_plan, samples_from
 from megatron_ds.rules import check_config
 from megatron_ds.timers import Timers
 from megatron_ds.training import dry_run
@@ -33,7 +34,7 @@ from megatron_ds.training.flops import train_flops_per_token
 from megatron_ds.training.loop import Loop
 from megatron_ds.training.metrics import Metrics
 from megatron_ds.training.progress import Progress
-from megatron_ds.training.resume import check_save_directory, checkpoint_to_load, load_checkpoint
+from megatron_ds.training.resume import agree_on_checkpoint, check_save_directory, checkpoint_to_load, load_checkpoint
 from megatron_ds.training.run import Datasets, DatasetsProvider, ForwardStep, ModelProvider, Recipe, Run
 from megatron_ds.training.signals import StopRequest
 
@@ -45,7 +46,7 @@ def pretrain(
     args_defaults: Mapping[str, Any] | None = None,
     argv: Sequence[str] | None = None,
 ) -> None:
-    """Train a model as the command line says; leave the process with design's exit codes when that is not 0.
+    """Train a model as the command line says; leave the process with an exit code of errors.py when that is not 0.
 
     args_defaults: values of config fields that the recipe prefers; what is typed wins.
     """
@@ -72,9 +73,13 @@ def _main(recipe: Recipe, defaults: Mapping[str, Any], argv: Sequence[str], stop
     check_save_directory(config)
     _announce(config, plan)
     run = _join(config, plan, tokenizer, device)
+    agree_on_checkpoint(checkpoint, run.parallel.world)
     engine = build_engine(run, recipe)
     # A checkpoint that does not fit is found before index files are written; initial values can wait for the data.
     progress = Progress() if checkpoint is None else load_checkpoint(engine, checkpoint)
+    run = engine.run = dataclasses.replace(
+        run, plan=continue_from(plan, config.training, progress.iteration, progress.consumed_samples)
+    )
     datasets = recipe.datasets(run, _samples(run, progress))
     _say_time("after dataloaders are built")
     if checkpoint is None:
@@ -126,7 +131,7 @@ def _loop(
         world_size=plan.world_size,
         sequence_length=plan.seq_length,
         writes=log.rank() == log.world_size() - 1,
-        start_iteration=progress.iteration,
+        start_iteration=sys.maxsize if training.skip_train else progress.iteration,  # an evaluation drops no line
     )
     valid = datasets.valid if training.eval_iters else None
     return Loop(
@@ -145,7 +150,7 @@ def _loop(
     )
 
 
-def _loader(run: Run, dataset: Any, consumed_samples: int) -> Iterator[Any]:
+def _loader(run: Run, dataset: Any, consumed_samples: int) -> MicrobatchLoader:
     data = run.config.data
     return MicrobatchLoader(
         dataset,
@@ -186,20 +191,28 @@ def _tokenizer(config: Config) -> Tokenizer | None:
 def _device(config: Config) -> torch.device:
     """Where to compute.
 
-    Raises: ConfigError if a GPU is asked for and there is none
+    Raises: ConfigError if a GPU or a backend is asked for that cannot serve
     """
-    wanted = config.parallel.device
+    wanted, backend = config.parallel.device, config.parallel.distributed_backend
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device", "cuda, and torch sees no GPU", "auto or cpu on this machine", "--device auto")
-    if wanted == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    local = int(os.environ["LOCAL_RANK"])
-    if local >= torch.cuda.device_count():
+    device = torch.device("cpu" if wanted == "cpu" or not torch.cuda.is_available() else "cuda")
+    serves = {"cpu": "gloo", "cuda": "nccl"}[device.type]
+    if backend not in (None, serves):
+        raise ConfigError(
+            "--distributed-backend", f"{backend} on {device.type}", serves, "leave it out: the device decides"
+        )
+    if device.type == "cpu":
+        return device
+    local, visible = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if visible == 1 and "SLURM_PROCID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+        local = 0  # srun --gpus-per-task=1 shows every task its own GPU only
+    if local >= visible:
         raise ConfigError(
             "--nproc-per-node",
-            f"local rank {local} on a machine with {torch.cuda.device_count()} GPUs",
+            f"local rank {local} on a machine with {visible} GPUs",
             "a GPU for every rank",
-            f"torchrun --nproc-per-node {torch.cuda.device_count()}, or --device cpu",
+            f"torchrun --nproc-per-node {visible}, or --device cpu",
         )
     torch.cuda.set_device(local)
     return torch.device("cuda", local)

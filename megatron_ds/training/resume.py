@@ -13,8 +13,10 @@ from megatron_ds.checkpoint.layout import Index
 from megatron_ds.checkpoint.load import find, holds_checkpoints, load, names
 from megatron_ds.checkpoint.save import save
 from megatron_ds.config import Config
-from megatron_ds.errors import ConfigError
-from megatron_ds.parallel.collectives import barrier
+from megatron_ds.errors import CheckpointError, ConfigError
+from megatron_ds.model.config import TransformerConfig
+from megatron_ds.parallel.collectives import barrier, gather_bytes
+from megatron_ds.parallel.context import Axis
 from megatron_ds.training.engine import Engine
 from megatron_ds.training.progress import Progress
 from megatron_ds.training.run import Run
@@ -71,6 +73,7 @@ def load_checkpoint(engine: Engine, index: Index) -> Progress:
 
     Raises: CheckpointError if tensors are missing or have other shapes
     """
+    _check_architecture(engine.run.config.model, index)
     options, optimizer = engine.run.config.checkpoint, engine.optimizer
     with_optimizer = options.load_optim and not options.finetune
     stored = set(names(index))
@@ -86,6 +89,40 @@ def load_checkpoint(engine: Engine, index: Index) -> Progress:
     barrier(engine.run.parallel.world)
     log.info(f"  successfully loaded checkpoint from {options.load} at iteration {index.iteration}")
     return progress
+
+
+def agree_on_checkpoint(index: Index | None, world: Axis) -> None:
+    """Every rank read the directory for itself; a node with a late or missing mount must not start from elsewhere.
+
+    Comm:   gathers a few bytes over the world
+    Raises: CheckpointError on every rank if they differ
+    """
+    mine = "none" if index is None else str(index.iteration)
+    found = [raw.decode() for raw in gather_bytes(mine.encode(), world)]
+    if len(set(found)) > 1:
+        ranks = ", ".join(f"{it}: rank {found.index(it)}" for it in sorted(set(found)))
+        raise CheckpointError(
+            "--load",
+            f"ranks see different latest iterations ({ranks})",
+            "one directory that all nodes share",
+            "mount it everywhere, or name the iteration with --ckpt-step",
+        )
+
+
+def _check_architecture(model: TransformerConfig, index: Index) -> None:
+    """Weights of equal shapes may still mean another model: heads, norms, positions, tying."""
+    stored = TransformerConfig.from_state(index.state["model"])
+    if stored is None:
+        raise CheckpointError(str(index.path), "a model with unknown options", "one of this version's", "update")
+    asked, found = model.architecture(), stored.architecture()
+    differing = [flag for flag in asked if asked[flag] != found[flag]]
+    if differing:
+        raise CheckpointError(
+            f"--load: {index.path}",
+            "; ".join(f"{flag} {found[flag]}" for flag in differing),
+            "; ".join(f"{flag} {asked[flag]}" for flag in differing),
+            "give the flags that the checkpoint was trained with",
+        )
 
 
 def _best_source(name: str, stored: set[str]) -> str:

@@ -30,7 +30,7 @@ class Run:
     kernels: Kernels
     device: torch.device
     tokenizer: Tokenizer | None
-    """None while only planning (--dry-run)."""
+    """None while only planning (--dry-run), and with --mock-data unless one is asked for."""
     streams: DropoutStreams
 
     @property

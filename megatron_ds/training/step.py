@@ -47,7 +47,7 @@ def train_step(
 ) -> StepResult:
     """Forward, backward, reduce; then one sum over all ranks decides everything else.
 
-    Comm: the schedule's, the reduction of gradients, one all-reduce of 7 numbers over the world, ZeRO-1's all-gather
+    Comm: the schedule's, the reduction of gradients, one all-reduce of 6 numbers over the world, ZeRO-1's all-gather
     """
     run, logging = engine.run, engine.run.config.logging
     plan, optimizer = run.plan, engine.optimizer
@@ -55,17 +55,16 @@ def train_step(
     with timers("batch-generator", 2):
         microbatches = take(batches, run, progress.consumed_samples)
     with timers("forward-backward", 1):
-        sums = engine.executor.run(plan.actions[run.parallel.pp.rank], microbatches)
+        sums = engine.executor.run(plan.actions[run.parallel.pp.rank], microbatches, timers)
     with timers("optimizer", 1):
         zeros = optimizer.num_zeros() if logging.log_num_zeros_in_grad else sums.new_zeros(())
-        weights = optimizer.params_squared_norm() if logging.log_params_norm else sums.new_zeros(())
         shares = [sums if run.parallel.tp.is_first else torch.zeros_like(sums), optimizer.squared_norm()[None]]
-        shares += [zeros[None], weights[None], sums.new_tensor([float(stop), float(out_of_time)])]
-        loss_sum, targets, norm_squared, zeros_sum, weights_sum, stops, late = all_reduce(
+        shares += [zeros[None], sums.new_tensor([float(stop), float(out_of_time)])]
+        loss_sum, targets, norm_squared, zeros_sum, stops, late = all_reduce(
             torch.cat(shares), run.parallel.world
         ).tolist()
-        # The backward ran with 1 / positions; only now is it known how many of them were targets.
-        ratio = plan.tokens_per_batch / targets if targets else math.nan
+        # The backward ran with a fixed scale; only now is it known over how many target tokens the loss is a mean.
+        ratio = 1.0 / (engine.executor.loss_scale * targets) if targets else math.nan
         norm = math.sqrt(norm_squared) * ratio
         lr = schedule.lr_at(progress.consumed_samples)
         skipped = not math.isfinite(norm)
@@ -74,6 +73,9 @@ def train_step(
             clip = min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
             decay = schedule.weight_decay_at(progress.consumed_samples)
             optimizer.apply(lr=lr, weight_decay=decay, scale=ratio * clip)
+    params_norm = None
+    if logging.log_params_norm:
+        params_norm = math.sqrt(all_reduce(optimizer.params_squared_norm(), run.parallel.world).item())
     return StepResult(
         loss_sum / targets if targets else math.nan,
         norm,
@@ -81,7 +83,7 @@ def train_step(
         skipped,
         stops > 0,
         late > 0,
-        math.sqrt(weights_sum) if logging.log_params_norm else None,
+        params_norm,
         zeros_sum if logging.log_num_zeros_in_grad else None,
     )
 
@@ -104,7 +106,7 @@ def evaluate(engine: Engine, batches: Iterator[Any], iterations: int, stop: Call
     stopped = False
     total = torch.zeros(2, dtype=torch.float64, device=run.device)
     for _ in range(iterations):
-        sums = engine.executor.run(plan.eval_actions[parallel.pp.rank], take(batches, run, 0))
+        sums = engine.executor.run(plan.eval_actions[parallel.pp.rank], take(batches, run, 0), Timers())
         share = sums if parallel.tp.is_first else torch.zeros_like(sums)
         summed = all_reduce(torch.cat((share, sums.new_tensor([float(stop())]))), parallel.world)
         total += summed[:2]

@@ -8,7 +8,7 @@ from tests.house.source import PACKAGE, Module, imports
 
 GROUND = ("cli", "errors", "log", "timers")
 ROOMS = {"parallel": 1, "kernels": 2, "model": 3, "data": 3, "pipeline": 4, "optim": 4, "checkpoint": 4, "training": 6}
-PLANNING = ("compat", "config", "deepspeed_json", "plan", "rules")
+PLANNING = ("compat", "config", "deepspeed_json", "limits", "plan", "rules")
 FRONT_DOOR = 7
 """`megatron_ds` itself: it offers `pretrain`, so nothing inside may import from it."""
 

@@ -1,0 +1,98 @@
+"""What each flag may be by itself: the required ones given, every number where it means something."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from megatron_ds.config import Config
+from megatron_ds.errors import ConfigError
+
+
+def check_required(config: Config) -> Iterator[ConfigError]:
+    """Flags that have no sensible default."""
+    wanted = {
+        "--num-layers 12": config.model.num_layers,
+        "--hidden-size 768": config.model.hidden_size,
+        "--num-attention-heads 12": config.model.num_attention_heads,
+        "--seq-length 1024": config.data.seq_length,
+        "--micro-batch-size 4": config.training.micro_batch_size,
+        "--lr 3e-4": config.optimizer.lr,
+        "--train-iters 1000": _first_given(config.training.train_iters, config.training.train_samples),
+    }
+    missing = [example for example, value in wanted.items() if value is None]
+    if missing:
+        flags = " ".join(example.split()[0] for example in missing)
+        yield ConfigError(flags, "not given", "a value for each", f"for instance {' '.join(missing)}")
+
+
+def _first_given(*values: int | None) -> int | None:
+    return next((value for value in values if value is not None), None)
+
+
+def check_numbers(config: Config) -> Iterator[ConfigError]:
+    """Every number lies where it means something."""
+    model, parallel, training, optimizer = config.model, config.parallel, config.training, config.optimizer
+    positive = {
+        "--num-layers": model.num_layers,
+        "--hidden-size": model.hidden_size,
+        "--num-attention-heads": model.num_attention_heads,
+        "--ffn-hidden-size": model.ffn_hidden_size,
+        "--kv-channels": model.kv_channels,
+        "--num-query-groups": model.num_query_groups,
+        "--num-key-value-heads": model.num_key_value_heads,
+        "--max-position-embeddings": model.max_position_embeddings,
+        "--seq-length": config.data.seq_length,
+        "--micro-batch-size": training.micro_batch_size,
+        "--global-batch-size": training.global_batch_size,
+        "--train-iters": training.train_iters,
+        "--train-samples": training.train_samples,
+        "--tensor-model-parallel-size": parallel.tensor_model_parallel_size,
+        "--pipeline-model-parallel-size": parallel.pipeline_model_parallel_size,
+        "--world-size": parallel.world_size,
+        "--make-vocab-size-divisible-by": config.tokenizer.make_vocab_size_divisible_by,
+        "--reduce-bucket-size": optimizer.reduce_bucket_size,
+        "--eval-interval": training.eval_interval,
+        "--save-interval": config.checkpoint.save_interval,
+    }
+    not_negative = {
+        "--eval-iters": training.eval_iters,
+        "--exit-interval": training.exit_interval,
+        "--exit-duration-in-mins": training.exit_duration_in_mins,
+        "--manual-gc-interval": training.manual_gc_interval,
+        "--num-workers": config.data.num_workers,
+        "--vocab-extra-ids": config.tokenizer.vocab_extra_ids,
+        "--ckpt-step": config.checkpoint.ckpt_step,
+        "--init-method-std": model.init_method_std,
+        "--norm-epsilon": model.norm_epsilon,
+        "--clip-grad": optimizer.clip_grad,
+        "--weight-decay": optimizer.weight_decay,
+        "--adam-eps": optimizer.adam_eps,
+    }
+    for least, values in ((1, positive), (0, not_negative)):
+        for flag, value in values.items():
+            if value is not None and not value >= least:  # NaN is not
+                yield ConfigError(flag, str(value), f"at least {least}", f"{flag} {least} or more")
+    yield from _check_bounded(config)
+
+
+def _check_bounded(config: Config) -> Iterator[ConfigError]:
+    """Numbers with two ends, and those that must be above 0."""
+    for flag, share, usual in (
+        ("--hidden-dropout", config.model.hidden_dropout, 0.1),
+        ("--attention-dropout", config.model.attention_dropout, 0.1),
+        ("--adam-beta1", config.optimizer.adam_beta1, 0.9),
+        ("--adam-beta2", config.optimizer.adam_beta2, 0.999),
+    ):
+        if not 0 <= share < 1:
+            yield ConfigError(flag, str(share), "at least 0, less than 1", f"{flag} {usual}")
+    for flag, size, usual in (
+        ("--rotary-base", config.model.rotary_base, 10000),
+        ("--distributed-timeout-minutes", config.parallel.distributed_timeout_minutes, 10),
+    ):
+        if not size > 0:
+            yield ConfigError(flag, str(size), "more than 0", f"{flag} {usual}")
+    if not math.isfinite(config.optimizer.lr or 0.0):
+        yield ConfigError("--lr", str(config.optimizer.lr), "a finite number", "--lr 3e-4")
+    if not 0 <= config.training.seed < 2**32:
+        yield ConfigError("--seed", str(config.training.seed), f"0 to {2**32 - 1}", "--seed 1234")
