@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,6 +35,17 @@ class StepResult:
     num_zeros: float | None
 
 
+class Totals(NamedTuple):
+    """What all ranks together found in one step, in the order of the one all-reduce that sums it."""
+
+    loss: float
+    targets: float
+    squared_norm: float
+    zeros: float
+    stops: float
+    out_of_time: float
+
+
 def train_step(
     engine: Engine,
     schedule: LRSchedule,
@@ -49,43 +60,57 @@ def train_step(
 
     Comm: the schedule's, the reduction of gradients, one all-reduce of 6 numbers over the world, ZeRO-1's all-gather
     """
-    run, logging = engine.run, engine.run.config.logging
-    plan, optimizer = run.plan, engine.optimizer
+    run, stage = engine.run, engine.run.parallel.pp.rank
     engine.buckets.zero()
     with timers("batch-generator", 2):
         microbatches = take(batches, run, progress.consumed_samples)
     with timers("forward-backward", 1):
-        sums = engine.executor.run(plan.actions[run.parallel.pp.rank], microbatches, timers)
+        sums = engine.executor.run(run.plan.actions[stage], microbatches, timers)
     with timers("optimizer", 1):
-        zeros = optimizer.num_zeros() if logging.log_num_zeros_in_grad else sums.new_zeros(())
-        shares = [sums if run.parallel.tp.is_first else torch.zeros_like(sums), optimizer.squared_norm()[None]]
-        shares += [zeros[None], sums.new_tensor([float(stop), float(out_of_time)])]
-        loss_sum, targets, norm_squared, zeros_sum, stops, late = all_reduce(
-            torch.cat(shares), run.parallel.world
-        ).tolist()
+        totals = _sum_over_world(engine, sums, stop, out_of_time)
         # The backward ran with a fixed scale; only now is it known over how many target tokens the loss is a mean.
-        ratio = 1.0 / (engine.executor.loss_scale * targets) if targets else math.nan
-        norm = math.sqrt(norm_squared) * ratio
-        lr = schedule.lr_at(progress.consumed_samples)
-        skipped = not math.isfinite(norm)
-        if not skipped:
-            limit = run.config.optimizer.clip_grad
-            clip = min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
-            decay = schedule.weight_decay_at(progress.consumed_samples)
-            optimizer.apply(lr=lr, weight_decay=decay, scale=ratio * clip)
-    params_norm = None
-    if logging.log_params_norm:
-        params_norm = math.sqrt(all_reduce(optimizer.params_squared_norm(), run.parallel.world).item())
+        ratio = 1.0 / (engine.executor.loss_scale * totals.targets) if totals.targets else math.nan
+        norm = math.sqrt(totals.squared_norm) * ratio
+        if math.isfinite(norm):
+            _update(engine, schedule, progress.consumed_samples, norm, ratio)
+    logging = run.config.logging
     return StepResult(
-        loss_sum / targets if targets else math.nan,
-        norm,
-        lr,
-        skipped,
-        stops > 0,
-        late > 0,
-        params_norm,
-        zeros_sum if logging.log_num_zeros_in_grad else None,
+        loss=totals.loss / totals.targets if totals.targets else math.nan,
+        grad_norm=norm,
+        learning_rate=schedule.lr_at(progress.consumed_samples),
+        skipped=not math.isfinite(norm),
+        stop=totals.stops > 0,
+        out_of_time=totals.out_of_time > 0,
+        params_norm=_params_norm(engine) if logging.log_params_norm else None,
+        num_zeros=totals.zeros if logging.log_num_zeros_in_grad else None,
     )
+
+
+def _sum_over_world(engine: Engine, sums: torch.Tensor, stop: bool, out_of_time: bool) -> Totals:
+    """Every number that the ranks have to share, in one message."""
+    parallel, optimizer = engine.run.parallel, engine.optimizer
+    counted = engine.run.config.logging.log_num_zeros_in_grad
+    zeros = optimizer.num_zeros() if counted else sums.new_zeros(())
+    mine = sums if parallel.tp.is_first else torch.zeros_like(sums)  # tensor-parallel ranks saw the same tokens
+    flags = sums.new_tensor([float(stop), float(out_of_time)])
+    return Totals(
+        *all_reduce(torch.cat((mine, optimizer.squared_norm()[None], zeros[None], flags)), parallel.world).tolist()
+    )
+
+
+def _update(engine: Engine, schedule: LRSchedule, consumed_samples: int, norm: float, ratio: float) -> None:
+    limit = engine.run.config.optimizer.clip_grad
+    clip = min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
+    engine.optimizer.apply(
+        lr=schedule.lr_at(consumed_samples),
+        weight_decay=schedule.weight_decay_at(consumed_samples),
+        scale=ratio * clip,
+    )
+
+
+def _params_norm(engine: Engine) -> float:
+    """Comm: one all-reduce of one number over the world"""
+    return math.sqrt(all_reduce(engine.optimizer.params_squared_norm(), engine.run.parallel.world).item())
 
 
 def take(batches: Iterator[Any], run: Run, consumed_samples: int) -> list[Microbatch]:
