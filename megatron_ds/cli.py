@@ -182,7 +182,7 @@ class _HelpFormatter(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=34, width=110)
 
     def _format_usage(self, usage: Any, actions: Iterable[Any], groups: Any, prefix: Any) -> str:
-        return f"usage: {self._prog} [flags]     (torchrun --nproc-per-node N {self._prog} [flags] for N ranks)\n\n"
+        return f"usage: {usage or f'{self._prog} [flags]'}\n\n"
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings:
@@ -195,5 +195,6 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 
 def _help(flag: Flag) -> str:
-    shown = "" if isinstance(flag.default, bool) or flag.default in (None, ()) else f" Default: {flag.default}."
+    default = " ".join(map(str, flag.default)) if isinstance(flag.default, tuple) else flag.default
+    shown = "" if isinstance(flag.default, bool) or default in (None, "") else f" Default: {default}."
     return (flag.help + shown).replace("%", "%%")

@@ -61,6 +61,7 @@ GROUPS: dict[str, type] = {
 def parser(prog: str | None = None) -> Parser:
     """The parser of a recipe, its help grouped by concern."""
     out = Parser(prog=prog, description="Pretrain a language model on any layout of ranks.")
+    out.usage = f"{out.prog} [flags]     (torchrun --nproc-per-node N {out.prog} [flags] for N ranks)"
     for group in GROUPS.values():
         out.add_config(group)
     out.hints |= HINTS

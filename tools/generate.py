@@ -23,7 +23,7 @@ def main() -> int:
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token. Default: 0.8.")
     parser.add_argument("--top-k", type=int, default=40, help="Draw from the K likeliest tokens; 0: all. Default: 40.")
     parser.add_argument("--seed", type=int, default=1234)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args()
     try:
         trained = load_trained(options.load, options.ckpt_step, options.device)

@@ -55,7 +55,7 @@ def find(directory: str | Path, step: int | None = None) -> Found:
     parent = Path(directory)
     paths = layout.iterations(parent)
     if not paths:
-        found = "no checkpoint" if parent.is_dir() else "no such directory"
+        found = "no checkpoint" if parent.is_dir() else "not a directory" if parent.exists() else "no such directory"
         raise CheckpointError(f"{parent}", found, "a directory with iter_0000100 or the like", "correct --load")
     if step is not None:
         if step not in paths:

@@ -210,9 +210,17 @@ class _Sources:
             "seed": self.seed,
         }
 
-        arrays = self.cache(prefix).get(
-            "gpt", key, lambda: vars(build_index_map(data.lengths, begin, end, self.seq_length, samples, self.seed))
-        )
+        try:
+            arrays = self.cache(prefix).get(
+                "gpt", key, lambda: vars(build_index_map(data.lengths, begin, end, self.seq_length, samples, self.seed))
+            )
+        except (MemoryError, ValueError) as error:  # numpy raises either, by how far it is too much
+            raise DataError(
+                f"{prefix}, {PARTS[part]}",
+                found=f"{samples} samples asked for; their index does not fit into memory ({error})",
+                expected="an index of some 20 bytes a sample that does",
+                fix="lower --train-iters or --train-samples: a later run resumes with more",
+            ) from error
         dataset = GPTDataset(data, IndexMap(**arrays), self.seq_length, self.vocab_size)
         if not len(dataset):
             raise DataError(

@@ -101,7 +101,17 @@ class TransformerConfig:
         }
 
     @classmethod
-    def from_state(cls, stored: Mapping[str, Any]) -> TransformerConfig | None:
-        """Read back what a checkpoint stores; None for a model that this version does not know."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        return cls(**stored) if set(stored) <= known else None
+    def from_state(cls, stored: Mapping[str, Any]) -> TransformerConfig:
+        """Read back from a checkpoint's state.
+
+        Raises: ValueError for a model that this version does not know, or that nobody could have trained
+        """
+        unknown = sorted(set(stored) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown model options {', '.join(unknown)}")
+        config = cls(**stored)
+        for name in ("num_layers", "hidden_size", "num_attention_heads"):
+            value = getattr(config, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} {value!r}")
+        return config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
@@ -82,4 +83,10 @@ def logging_errors(config: LoggingConfig) -> list[ConfigError]:
     ):
         if interval < 1:
             errors.append(ConfigError(flag, found=str(interval), expected="at least 1", fix=f"{flag} 1"))
+    for flag, path, is_wrong, found, expected in (
+        ("--metrics-file", config.metrics_file, os.path.isdir, "a directory", "a file"),
+        ("--tensorboard-dir", config.tensorboard_dir, os.path.isfile, "a file", "a directory"),
+    ):
+        if path is not None and is_wrong(path):
+            errors.append(ConfigError(flag, f"{path} is {found}", expected, f"{flag} {path}-of-this-run"))
     return errors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,11 +11,11 @@ import torch
 from megatron_ds.checkpoint.load import find, load
 from megatron_ds.data.config import TokenizerConfig
 from megatron_ds.data.tokenizer import Tokenizer, build_tokenizer
-from megatron_ds.errors import CheckpointError
-from megatron_ds.model.config import TransformerConfig
+from megatron_ds.errors import ConfigError, DataError
 from megatron_ds.model.embedding import Vocab
 from megatron_ds.model.gpt import GPTModel, Stage
 from megatron_ds.parallel.context import Axis
+from megatron_ds.training.resume import stored_model
 
 
 class Trained(NamedTuple):
@@ -33,9 +34,7 @@ def load_trained(directory: str, step: int | None = None, device: str = "cpu") -
     """
     found = find(directory, step)
     state = found.index.state
-    config = TransformerConfig.from_state(state["model"])
-    if config is None:
-        raise CheckpointError(str(found.path), "a model with unknown options", "one of this version's", "update")
+    config = stored_model(found.index)
     assert config.num_layers
     vocab = Vocab(state["vocab_size"], state["vocab_size"])
     dtype = torch.bfloat16 if state["bf16"] else torch.float32
@@ -62,7 +61,10 @@ def generate(
     """Continue a prompt, token by token; temperature 0 always takes the likeliest. Stops at the end of the document.
 
     Each token is computed from the last `seq_length` tokens anew.
+
+    Raises: ConfigError for numbers that mean nothing, DataError for a prompt with ids that the model does not have
     """
+    _check_request(trained, prompt, new_tokens, temperature, top_k)
     device = next(trained.model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     ids = list(prompt)
@@ -80,3 +82,12 @@ def generate(
             break
         ids.append(choice)
     return ids
+
+
+def _check_request(trained: Trained, prompt: Sequence[int], new_tokens: int, temperature: float, top_k: int) -> None:
+    for flag, value in (("--max-new-tokens", new_tokens), ("--temperature", temperature), ("--top-k", top_k)):
+        if not 0 <= value < math.inf:
+            raise ConfigError(flag, str(value), "a finite number, 0 or more", f"{flag} 0, or leave it out")
+    outside = [token for token in prompt if not 0 <= token < trained.model.vocab.size]
+    if outside:
+        raise DataError("--prompt", f"token id {outside[0]}", f"0 to {trained.model.vocab.size - 1}", "another prompt")

@@ -35,5 +35,12 @@ class Progress:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Progress:
-        """Read back from a checkpoint's state."""
-        return cls(**{field.name: int(state[field.name]) for field in dataclasses.fields(cls)})
+        """Read back from a checkpoint's state.
+
+        Raises: ValueError, KeyError for what no run can have written
+        """
+        values = {field.name: state[field.name] for field in dataclasses.fields(cls)}
+        for name, value in values.items():
+            if type(value) is not int or value < 0:
+                raise ValueError(f"{name} {value!r}")
+        return cls(**values)

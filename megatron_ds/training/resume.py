@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_ds import log
 from megatron_ds.checkpoint.layout import Index
@@ -20,6 +21,8 @@ from megatron_ds.parallel.context import Axis
 from megatron_ds.training.engine import Engine
 from megatron_ds.training.progress import Progress
 from megatron_ds.training.run import Run
+
+T = TypeVar("T")
 
 
 def checkpoint_to_load(config: Config) -> Index | None:
@@ -80,11 +83,11 @@ def load_checkpoint(engine: Engine, index: Index) -> Progress:
     wanted = list(engine.model_pieces()) + (list(optimizer.pieces()) if with_optimizer else [])
     load(index, [piece._replace(name=_best_source(piece.name, stored)) for piece in wanted])
     if with_optimizer:
-        progress = Progress.from_state(index.state["progress"])
+        progress = _read_state(index, "progress", Progress.from_state)
         optimizer.set_steps(progress.optimizer_steps)
     else:
         optimizer.masters_from_params()
-        progress = Progress() if options.finetune else Progress.from_state(index.state["progress"])
+        progress = Progress() if options.finetune else _read_state(index, "progress", Progress.from_state)
         progress = dataclasses.replace(progress, optimizer_steps=0)
     barrier(engine.run.parallel.world)
     log.info(f"  successfully loaded checkpoint from {options.load} at iteration {index.iteration}")
@@ -109,11 +112,29 @@ def agree_on_checkpoint(index: Index | None, world: Axis) -> None:
         )
 
 
+def stored_model(index: Index) -> TransformerConfig:
+    """The model that a checkpoint holds.
+
+    Raises: CheckpointError if its state names none that this version knows
+    """
+    return _read_state(index, "model", TransformerConfig.from_state)
+
+
+def _read_state(index: Index, key: str, read: Callable[[Mapping[str, Any]], T]) -> T:
+    try:
+        return read(index.state[key])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{index.path}/index.json",
+            f"a state whose {key!r} cannot be read: {error}",
+            "what a run of this version writes",
+            "another --ckpt-step, or the version that wrote it",
+        ) from error
+
+
 def _check_architecture(model: TransformerConfig, index: Index) -> None:
     """Weights of equal shapes may still mean another model: heads, norms, positions, tying."""
-    stored = TransformerConfig.from_state(index.state["model"])
-    if stored is None:
-        raise CheckpointError(str(index.path), "a model with unknown options", "one of this version's", "update")
+    stored = stored_model(index)
     asked, found = model.architecture(), stored.architecture()
     differing = [flag for flag in asked if asked[flag] != found[flag]]
     if differing:

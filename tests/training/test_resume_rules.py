@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,30 @@ def test_zeros_in_padding_are_not_counted(tmp_path: Path) -> None:
         assert run(words(flags | {"train_iters": 1, "save_interval": None})).code == 0
         counts.append(json.loads(Path(name).read_text().splitlines()[0])["num_zeros"])
     assert counts[0] == counts[1] < 27 * 16
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("model",), None),
+        (("model", "hidden_size"), None),
+        (("model", "something_new"), 1),
+        (("progress", "consumed_samples"), "x"),
+        (("progress", "consumed_samples"), -5),
+        (("progress",), {}),
+    ],
+)
+def test_a_damaged_state_is_told(saved: Path, tmp_path: Path, path: tuple[str, ...], value: object) -> None:
+    shutil.copytree(saved, tmp_path / "ck")
+    index = tmp_path / "ck/iter_0000002/index.json"
+    content = json.loads(index.read_text())
+    *way, last = path
+    place = content["state"]
+    for key in way:
+        place = place[key]
+    place[last] = value
+    index.write_text(json.dumps(content))
+    outcome = run(words(MOCK | {"load": str(tmp_path / "ck"), "train_iters": 3}))
+    assert outcome.code == 4
+    assert "index.json" in outcome.err
+    assert "Traceback" not in outcome.err
