@@ -8,9 +8,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.helpers.ranks import RankFailed, run_ranks
 from tests.helpers.recipe import TINY, Value, as_rank, run, words
+from tests.parity.harness import VOCAB, start
 
 MOCK: dict[str, Value] = TINY | {"mock_data": True, "save_interval": 2}
 
@@ -116,3 +118,25 @@ def test_a_damaged_state_is_told(saved: Path, tmp_path: Path, path: tuple[str, .
     assert outcome.code == 4
     assert "index.json" in outcome.err
     assert "Traceback" not in outcome.err
+
+
+def test_each_validation_reads_on_where_the_last_one_stopped(tmp_path: Path) -> None:
+    """Three validations of two global batches of four samples, by the checkpoint's own word."""
+    flags = MOCK | {"train_iters": 6, "eval_interval": 2, "eval_iters": 2, "save": str(tmp_path), "save_interval": 6}
+    assert run(words(flags)).code == 0
+    state = json.loads((tmp_path / "iter_0000006/index.json").read_text())["state"]
+    assert state["progress"]["consumed_valid_samples"] == 3 * 2 * 4
+    assert state["progress"]["consumed_samples"] == 6 * 4
+
+
+def loss_scale(argv: list[str]) -> float:
+    return start(argv).executor.loss_scale
+
+
+@pytest.mark.parametrize("batch", [2, 6, 10, 14])
+def test_the_scale_of_the_backward_is_exact_in_bf16(batch: int) -> None:
+    """1 / positions itself would be rounded, and with it every gradient and the norm."""
+    flags = MOCK | {"global_batch_size": batch, "bf16": True, "save_interval": None, "vocab_size": VOCAB - 1}
+    (scale,) = run_ranks(loss_scale, 1, words(flags))
+    assert torch.tensor(scale).bfloat16().double().item() == scale
+    assert 0.5 < scale * batch * 8 <= 1.0
