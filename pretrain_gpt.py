@@ -13,15 +13,13 @@ from megatron_ds.training.run import Loss, Run, Stage
 
 
 def model_provider(run: Run, stage: Stage) -> GPTModel:
-    """The part of the model that one pipeline stage holds."""
+    """The part of the model that one pipeline stage, or one of its chunks, holds."""
     return GPTModel(
         run.config.model,
         run.plan.vocab,
         stage,
-        tp=run.parallel.tp,
-        kernels=run.kernels,
-        streams=run.streams,
         max_positions=run.plan.max_positions,
+        runtime=run.runtime,
         **run.factory,
     )
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 import sys
 import types
 import typing
@@ -89,11 +90,28 @@ def _value_options(hint: Any, parse: Callable[[str], Any] | None) -> dict[str, A
         choices = typing.get_args(hint)
         kind = type(choices[0])
         by_lower = {str(c).lower(): c for c in choices}
-        # argparse names the type in its message, so numbers keep theirs.
-        return {"type": (lambda text: by_lower.get(text.lower(), text)) if kind is str else kind, "choices": choices}
+        return {"type": (lambda text: by_lower.get(text.lower(), text)) if kind is str else whole, "choices": choices}
     if typing.get_origin(hint) is tuple:
-        return {"type": parse or typing.get_args(hint)[0], "nargs": "*"}
-    return {"type": parse or hint}
+        return {**_value_options(typing.get_args(hint)[0], parse), "nargs": "*"}
+    return {"type": parse or (whole if hint is int else hint)}
+
+
+def whole(text: str) -> int:
+    """A whole number in any spelling that scripts use: 8, 220_000_000, 1.0, 5e8.
+
+    Raises: argparse.ArgumentTypeError for anything else
+    """
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not number.is_integer():
+        raise argparse.ArgumentTypeError(f"invalid int value: {text!r}")
+    return int(number)
 
 
 class Parser(argparse.ArgumentParser):
@@ -124,11 +142,21 @@ class Parser(argparse.ArgumentParser):
 
         Raises: ConfigError for an unknown flag, a flag without its value, a value of the wrong kind
         """
-        self._reject_unknown_defaults(groups, defaults)
+        return self.build(groups, self.read(argv), defaults)
+
+    def read(self, argv: Sequence[str]) -> dict[str, Any]:
+        """What was typed, under 'Group.field'.
+
+        Raises: ConfigError for an unknown flag, a flag without its value, a value of the wrong kind
+        """
         namespace, unknown = self.parse_known_args(self._normalise(argv))
         if unknown:
             raise self._unknown(unknown[0])
-        typed = vars(namespace)
+        return vars(namespace)
+
+    def build(self, groups: Sequence[type[C]], typed: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[C]:
+        """One frozen instance per dataclass from what `read` found and `defaults`."""
+        self._reject_unknown_defaults(groups, defaults)
         result = []
         for group in groups:
             prefix = f"{group.__name__}."
@@ -166,6 +194,20 @@ class Parser(argparse.ArgumentParser):
         near = difflib.get_close_matches(name, self._option_string_actions, n=3, cutoff=0.6)
         fix = f"did you mean {' or '.join(near)}?" if near else "see --help for every flag"
         return ConfigError(name, found="a flag that nobody reads", expected="a flag listed by --help", fix=fix)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """argparse's own hook for choices; ours says which of them is the nearest."""
+        choices = list(action.choices or ())
+        if not choices or value in choices:
+            return
+        if isinstance(value, str):
+            by_lower = {str(choice).lower(): choice for choice in choices}
+            near = [by_lower[name] for name in difflib.get_close_matches(value.lower(), by_lower, n=1)]
+        else:
+            near = [min(choices, key=lambda choice: abs(choice - value))]
+        flag = action.option_strings[0]
+        fix = f"{flag} {near[0]}" if near else "see --help"
+        raise ConfigError(flag, f"invalid choice: {value!r}", f"one of {', '.join(map(str, choices))}", fix)
 
     def error(self, message: str) -> NoReturn:
         subject, _, rest = message.partition(": ")

@@ -8,13 +8,27 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_ds.checkpoint.config import CheckpointConfig
-from megatron_ds.cli import Parser
+from megatron_ds.cli import Parser, arg
 from megatron_ds.compat import HINTS, CompatConfig
 from megatron_ds.data.config import DataConfig, TokenizerConfig
-from megatron_ds.model.config import TransformerConfig
+from megatron_ds.model.config import RecomputeConfig, TransformerConfig
 from megatron_ds.optim.config import LRConfig, OptimizerConfig, PrecisionConfig
 from megatron_ds.parallel.config import ParallelConfig
 from megatron_ds.training.config import LoggingConfig, TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepSpeedConfig:
+    """DeepSpeed."""
+
+    deepspeed: bool = arg(False, "Read --deepspeed_config; see docs/ds_config.md.", "--deepspeed", "--deepscale")
+    deepspeed_config: str | None = arg(
+        None,
+        "ds_config.json, merged with the flags; where the two disagree a table says what was chosen.",
+        "--deepspeed_config",
+        "--deepscale_config",
+        metavar="FILE",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +36,7 @@ class Config:
     """Every group of flags; constructible without a command line."""
 
     model: TransformerConfig
+    recompute: RecomputeConfig
     parallel: ParallelConfig
     training: TrainingConfig
     optimizer: OptimizerConfig
@@ -31,11 +46,14 @@ class Config:
     tokenizer: TokenizerConfig
     checkpoint: CheckpointConfig
     logging: LoggingConfig
+    deepspeed: DeepSpeedConfig
     compat: CompatConfig
+    typed: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)
+    """The fields that the command line gave, as 'optimizer.lr'; all others are defaults."""
 
     def describe(self) -> str:
         """Every value, in Megatron's block of arguments."""
-        groups = (getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "compat")
+        groups = (getattr(self, name) for name in GROUPS if name != "compat")
         values = {f.name: getattr(group, f.name) for group in groups for f in dataclasses.fields(group)}
         lines = [f"  {name} ".ljust(50, ".") + f" {values[name]}" for name in sorted(values, key=str.lower)]
         head = "------------------------ arguments ------------------------"
@@ -45,6 +63,7 @@ class Config:
 
 GROUPS: dict[str, type] = {
     "model": TransformerConfig,
+    "recompute": RecomputeConfig,
     "parallel": ParallelConfig,
     "training": TrainingConfig,
     "optimizer": OptimizerConfig,
@@ -54,6 +73,7 @@ GROUPS: dict[str, type] = {
     "tokenizer": TokenizerConfig,
     "checkpoint": CheckpointConfig,
     "logging": LoggingConfig,
+    "deepspeed": DeepSpeedConfig,
     "compat": CompatConfig,
 }
 
@@ -73,5 +93,10 @@ def parse(argv: Sequence[str], defaults: Mapping[str, Any] | None = None, prog: 
 
     Raises: ConfigError for the first thing in it that cannot be understood
     """
-    groups: list[Any] = parser(prog).parse_configs(list(GROUPS.values()), argv, defaults or {})
-    return Config(**dict(zip(GROUPS, groups, strict=True)))
+    reader = parser(prog)
+    typed = reader.read(argv)
+    groups: list[Any] = reader.build(list(GROUPS.values()), typed, defaults or {})
+    names = {group.__name__: name for name, group in GROUPS.items()}
+    paths = (key.split(".") for key in typed)
+    given = frozenset(f"{names[group]}.{field}" for group, field in paths)
+    return Config(**dict(zip(GROUPS, groups, strict=True)), typed=given)

@@ -33,6 +33,7 @@ def _first_given(*values: int | None) -> int | None:
 def check_numbers(config: Config) -> Iterator[ConfigError]:
     """Every number lies where it means something."""
     model, parallel, training, optimizer = config.model, config.parallel, config.training, config.optimizer
+    precision = config.precision
     positive = {
         "--num-layers": model.num_layers,
         "--hidden-size": model.hidden_size,
@@ -49,6 +50,15 @@ def check_numbers(config: Config) -> Iterator[ConfigError]:
         "--train-samples": training.train_samples,
         "--tensor-model-parallel-size": parallel.tensor_model_parallel_size,
         "--pipeline-model-parallel-size": parallel.pipeline_model_parallel_size,
+        "--context-parallel-size": parallel.context_parallel_size,
+        "--ds-sequence-parallel-size": parallel.ds_sequence_parallel_size,
+        "--num-layers-per-virtual-pipeline-stage": parallel.num_layers_per_virtual_pipeline_stage,
+        "--num-virtual-stages-per-pipeline-rank": parallel.num_virtual_stages_per_pipeline_rank,
+        "--decoder-first-pipeline-num-layers": parallel.decoder_first_pipeline_num_layers,
+        "--decoder-last-pipeline-num-layers": parallel.decoder_last_pipeline_num_layers,
+        "--recompute-num-layers": config.recompute.recompute_num_layers,
+        "--loss-scale-window": precision.loss_scale_window,
+        "--hysteresis": precision.hysteresis,
         "--world-size": parallel.world_size,
         "--make-vocab-size-divisible-by": config.tokenizer.make_vocab_size_divisible_by,
         "--reduce-bucket-size": optimizer.reduce_bucket_size,
@@ -89,9 +99,21 @@ def _check_bounded(config: Config) -> Iterator[ConfigError]:
     for flag, size, usual in (
         ("--rotary-base", config.model.rotary_base, 10000),
         ("--distributed-timeout-minutes", config.parallel.distributed_timeout_minutes, 10),
+        ("--initial-loss-scale", config.precision.initial_loss_scale, 2**32),
+        ("--min-loss-scale", config.precision.min_loss_scale, 1),
     ):
-        if not size > 0:
-            yield ConfigError(flag, str(size), "more than 0", f"{flag} {usual}")
+        if not 0 < size < math.inf:
+            yield ConfigError(flag, str(size), "more than 0, and finite", f"{flag} {usual}")
+    if not 0 <= (config.precision.loss_scale or 0) < math.inf:
+        yield ConfigError("--loss-scale", str(config.precision.loss_scale), "0, which is dynamic, or more", "leave it out")
+    ramp = config.training.rampup_batch_size
+    if ramp and not (len(ramp) == 3 and min(ramp[:2]) >= 1 and ramp[2] >= 0):
+        yield ConfigError(
+            "--rampup-batch-size",
+            " ".join(map(str, ramp)),
+            "START and INCREMENT of at least 1, SAMPLES of at least 0",
+            "for instance --rampup-batch-size 32 32 1000000",
+        )
     if not math.isfinite(config.optimizer.lr or 0.0):
         yield ConfigError("--lr", str(config.optimizer.lr), "a finite number", "--lr 3e-4")
     if not 0 <= config.training.seed < 2**32:

@@ -6,11 +6,14 @@ import dataclasses
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from megatron_ds.batch import BatchSchedule, batch_schedule
 from megatron_ds.config import Config
 from megatron_ds.model.embedding import Vocab
 from megatron_ds.model.gpt import Stage
-from megatron_ds.pipeline.schedule import Actions, build
+from megatron_ds.pipeline.schedule import Actions, ScheduleName, build
 from megatron_ds.rules import check_config
+from megatron_ds.rules_layout import ranks_per_replica
+from megatron_ds.stages import cut_layers, parameter_weights
 from megatron_ds.training.config import TrainingConfig
 
 
@@ -34,18 +37,49 @@ class Plan:
     max_positions: int
     micro_batch_size: int
     global_batch_size: int
-    num_microbatches: int
+    """The full one, to which a growing batch comes in the end."""
+    batches: BatchSchedule
     train_iters: int
     samples: SampleCounts
     zero_stage: int
-    stages: tuple[Stage, ...]
-    actions: tuple[Actions, ...]
-    eval_actions: tuple[Actions, ...]
+    schedule: ScheduleName
+    stages: tuple[tuple[Stage, ...], ...]
+    """Of each pipeline rank its chunks; virtual stage chunk * pp + stage."""
+
+    @property
+    def num_chunks(self) -> int:
+        """Virtual stages of each pipeline rank."""
+        return len(self.stages[0])
+
+    @property
+    def num_microbatches(self) -> int:
+        """Micro-batches of each data-parallel rank in the full batch."""
+        return self._microbatches(self.global_batch_size)
 
     @property
     def tokens_per_batch(self) -> int:
-        """Positions in one global batch."""
+        """Positions in one full global batch."""
         return self.global_batch_size * self.seq_length
+
+    @property
+    def eval_actions(self) -> tuple[Actions, ...]:
+        """What each stage does in an evaluation of one full batch."""
+        return build("forward", self.sizes["pp"], self.num_chunks, self.num_microbatches)
+
+    def global_batch_at(self, consumed_samples: int) -> int:
+        """Samples of the step that starts after `consumed_samples`."""
+        return self.batches.batch_at(consumed_samples)
+
+    def num_microbatches_at(self, consumed_samples: int) -> int:
+        """Micro-batches of each data-parallel rank in that step."""
+        return self._microbatches(self.global_batch_at(consumed_samples))
+
+    def actions(self, num_microbatches: int) -> tuple[Actions, ...]:
+        """What each stage does in a step of so many micro-batches."""
+        return build(self.schedule, self.sizes["pp"], self.num_chunks, num_microbatches)
+
+    def _microbatches(self, global_batch: int) -> int:
+        return global_batch // (self.micro_batch_size * self.sizes["dp"])
 
 
 def make_plan(config: Config, world_size: int, vocab_size: int) -> Plan:
@@ -54,33 +88,43 @@ def make_plan(config: Config, world_size: int, vocab_size: int) -> Plan:
     Raises: ConfigErrors with every broken rule
     """
     check_config(config, world_size)
-    model, training = config.model, config.training
-    tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
-    dp = world_size // (tp * pp)
-    assert config.data.seq_length and training.micro_batch_size and model.num_layers
-    global_batch = training.global_batch_size or training.micro_batch_size * dp
-    num_microbatches = global_batch // (training.micro_batch_size * dp)
-    train_iters = training.train_iters or (training.train_samples or 0) // global_batch
+    parallel, training, seq_length = config.parallel, config.training, config.data.seq_length
+    assert seq_length and training.micro_batch_size and config.model.num_layers
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    dp = world_size // ranks_per_replica(parallel)
+    batches = batch_schedule(training, seq_length, training.micro_batch_size * dp)
+    train_iters = training.train_iters or batches.iterations(training.train_samples or 0)
     evaluations = train_iters // training.eval_interval + 1
+    vocab = Vocab(vocab_size, pad_vocabulary(vocab_size, config.tokenizer.make_vocab_size_divisible_by * tp))
+    max_positions = config.model.max_position_embeddings or seq_length
+    chunks = parallel.virtual_stages(config.model.num_layers)
     return Plan(
         world_size=world_size,
-        sizes={"pp": pp, "dp": dp, "cp": 1, "tp": tp},
-        vocab=Vocab(vocab_size, pad_vocabulary(vocab_size, config.tokenizer.make_vocab_size_divisible_by * tp)),
-        seq_length=config.data.seq_length,
-        max_positions=model.max_position_embeddings or config.data.seq_length,
+        sizes={"pp": pp, "dp": dp, "cp": parallel.context_size, "tp": tp},
+        vocab=vocab,
+        seq_length=seq_length,
+        max_positions=max_positions,
         micro_batch_size=training.micro_batch_size,
-        global_batch_size=global_batch,
-        num_microbatches=num_microbatches,
+        global_batch_size=batches.final,
+        batches=batches,
         train_iters=train_iters,
         samples=SampleCounts(
-            training.train_samples or train_iters * global_batch,
-            evaluations * training.eval_iters * global_batch,
-            training.eval_iters * global_batch,
+            training.train_samples or batches.consumed_after(train_iters),
+            evaluations * training.eval_iters * batches.final,
+            training.eval_iters * batches.final,
         ),
         zero_stage=config.optimizer.effective_zero_stage,
-        stages=cut_layers(model.num_layers, pp),
-        actions=build(config.parallel.pipeline_schedule, pp, num_microbatches),
-        eval_actions=build("forward", pp, num_microbatches),
+        # With one virtual stage on every rank the interleaved order is 1F1B's.
+        schedule="1f1b" if chunks == 1 and parallel.schedule_name == "interleaved" else parallel.schedule_name,
+        stages=cut_layers(
+            config.model.num_layers,
+            pp,
+            chunks,
+            first=parallel.decoder_first_pipeline_num_layers,
+            last=parallel.decoder_last_pipeline_num_layers,
+            method=parallel.pp_partition_method,
+            parameters=parameter_weights(config.model, vocab.padded, max_positions),
+        ),
     )
 
 
@@ -88,7 +132,7 @@ def continue_from(plan: Plan, training: TrainingConfig, iteration: int, consumed
     """The plan of a run that stands at `iteration`: a length in samples holds even if the batch has changed since."""
     if training.train_samples is None:
         return plan
-    left = max(0, training.train_samples - consumed_samples) // plan.global_batch_size
+    left = plan.batches.iterations(training.train_samples, consumed_samples)
     return dataclasses.replace(plan, train_iters=iteration + left)
 
 
@@ -98,7 +142,7 @@ def samples_from(plan: Plan, training: TrainingConfig, iteration: int, train: in
     Less than `plan.samples` never, or other datasets would be built; more if what was consumed was consumed with a
     larger batch or more validation than the flags ask for now.
     """
-    train += max(0, plan.train_iters - iteration) * plan.global_batch_size
+    train = plan.batches.consumed_after(max(0, plan.train_iters - iteration), train)
     evaluations = 1 + max(0, plan.train_iters // training.eval_interval - iteration // training.eval_interval)
     valid += evaluations * training.eval_iters * plan.global_batch_size
     needed = plan.samples
@@ -108,11 +152,3 @@ def samples_from(plan: Plan, training: TrainingConfig, iteration: int, train: in
 def pad_vocabulary(size: int, multiple: int) -> int:
     """The smallest multiple that holds the vocabulary."""
     return -(-size // multiple) * multiple
-
-
-def cut_layers(num_layers: int, num_stages: int) -> tuple[Stage, ...]:
-    """Equal shares of the layers, in order."""
-    share = num_layers // num_stages
-    return tuple(
-        Stage(i * share, (i + 1) * share, is_first=i == 0, is_last=i == num_stages - 1) for i in range(num_stages)
-    )

@@ -127,6 +127,8 @@ def test_a_flag_that_we_know_of_is_explained_however_spelt():
         (["--level", "x"], "--level", "invalid int value: 'x'"),
         (["--level", "3"], "--level", "invalid choice: 3"),
         (["--normalization", "batch"], "--normalization", "invalid choice: 'batch'"),
+        (["--num-layers", "2.5"], "--num-layers", "invalid int value: '2.5'"),
+        (["--num-layers", "inf"], "--num-layers", "invalid int value: 'inf'"),
         (["--swiglu=yes"], "--swiglu", "'yes'"),
         (["--swiglu", "yes"], "argument 'yes'", "a value that no flag takes"),
         (["--deepspeed_config"], "--deepspeed_config", "expected one argument"),
@@ -136,6 +138,36 @@ def test_wrong_values_are_told_with_their_flag(argv, subject, found):
     error = error_of(*argv)
     assert error.subject == subject
     assert found in error.found
+
+
+@pytest.mark.parametrize("text", ["500000000", "500_000_000", "5e8", "500000000.0"])
+def test_whole_numbers_in_every_spelling(text):
+    number = parse(f"--num-layers={text}")[0].num_layers
+    assert number == 500_000_000 and type(number) is int
+
+
+def test_choices_are_numbers_too():
+    assert parse("--level", "1.0")[0].level == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected", "fix"),
+    [
+        (["--level", "3"], "one of 0, 1, 2", "--level 2"),
+        (["--level", "-7"], "one of 0, 1, 2", "--level 0"),
+        (["--normalization", "rmsnrm"], "one of LayerNorm, RMSNorm", "--normalization RMSNorm"),
+        (["--normalization", "zzz"], "one of LayerNorm, RMSNorm", "see --help"),
+    ],
+)
+def test_a_choice_that_is_none_names_the_nearest(argv, expected, fix):
+    error = error_of(*argv)
+    assert (error.expected, error.fix) == (expected, fix)
+
+
+def test_what_was_typed_can_be_had_by_itself():
+    parser = Parser(prog="test")
+    parser.add_config(Sizes)
+    assert parser.read(["--num-layers=2", "--disable-bias-linear"]) == {"Sizes.num_layers": 2, "Sizes.bias": False}
 
 
 def test_help_page(capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
 
@@ -20,15 +21,21 @@ WITHOUT_EFFECT = """
     --no-async-tensor-model-parallel-allreduce --cross-entropy-loss-fusion --cross-entropy-fusion-impl=te
     --abort-on-unmet-fused-kernel-constraints --disable-mem-efficient-ln --sync-tp-duplicated-parameters
     --accumulate-allreduce-grads-in-fp32 --attention-softmax-in-fp32 --no-query-key-layer-scaling
-    --overlap-grad-reduce --overlap-param-gather --no-contiguous-buffers-in-local-ddp --DDP-impl=local
+    --overlap-grad-reduce --no-contiguous-buffers-in-local-ddp --DDP-impl=local
     --no-check-for-nan-in-loss-and-grad --empty-unused-memory-level=2 --calculate-per-token-loss
     --no-create-attention-mask-in-dataloader --data-impl=mmap --mmap-warmup --transformer-impl=transformer_engine
     --ckpt-format=torch_dist --auto-detect-ckpt-format --dist-ckpt-strictness=log_all --use-dist-ckpt
     --universal-checkpoint --no-load-rng --no-save-rng --no-load-lr-state --no-pipeline-parallel
     --override-opt_param-scheduler --override-opt-param-scheduler --override-lr-scheduler --exit-signal-handler
     --log-throughput --no-log-loss-scale-to-tensorboard --no-barrier-with-level-1-timing --logging-level=20
-    --loss-scale=12 --initial-loss-scale=65536 --min-loss-scale=1.0 --loss-scale-window=500 --hysteresis=2
-    --use-cpu-initialization --local_rank=3 --local-rank=3
+    --use-cpu-initialization --local_rank=3 --local-rank=3 --overlap-p2p-communication
+    --no-overlap-p2p-communication --no-scatter-gather-tensors-in-pipeline --enable-zbh1-exact-semantics
+    --deepspeed-activation-checkpointing --contigious-checkpointing --synchronize-each-layer --profile-backward
+    --zero-reduce-scatter --zero-contigious-gradients --zero-reduce-bucket-size=5e8 --zero-allgather-bucket-size=5e8
+    --scattered-embeddings --split-transformers --memory-centric-tiled-linear --tile-factor=4 --use-pin-memory
+    --deepspeed_mpi --ds_fused_adam --num-experts=1 --moe-expert-parallel-size=1 --expert-model-parallel-size=1
+    --mlp-type=standard --topk=1 --expert-interval=2 --moe-train-capacity-factor=1.0 --moe-eval-capacity-factor=1.0
+    --moe-min-capacity=4 --moe-loss-coeff=0.01 --create-moe-param-group --disable-moe-token-dropping
 """
 
 # The most frequent flags of 89 public launch scripts that have an effect here.
@@ -51,6 +58,12 @@ WITH_EFFECT = """
     --norm-epsilon=1e-5 --layernorm-epsilon=1e-5 --num-key-value-heads=8 --tokenizer-name-or-path=x
     --rotary-position-embeddings-theta=500000 --no-log-learnig-rate-to-tensorboard --train-samples=220_000_000
     --dataloader-type=cyclic --adam-eps=1e-8 --persistent-save-interval=5 --lr-wsd-decay-style=minus_sqrt
+    --deepspeed --deepspeed_config=x --deepscale --deepscale-config=x --zero-stage=1.0 --fp16 --overlap-param-gather
+    --loss-scale=12 --initial-loss-scale=65536 --min-loss-scale=0.5 --loss-scale-window=500 --hysteresis=4
+    --checkpoint-activations --checkpoint-num-layers=1 --recompute-granularity=full --recompute-method=uniform
+    --recompute-activations --partition-activations --checkpoint-in-cpu --sequence-parallel
+    --context-parallel-size=2 --ds-sequence-parallel-size=2 --num-layers-per-virtual-pipeline-stage=1
+    --step-batch-size-schedule=0:8 --grad-reduce-in-bf16 --enable-zbh1-pipeline
 """
 
 DEFAULTS = """
@@ -174,7 +187,7 @@ def test_describe_lists_every_value_sorted() -> None:
     assert "  split .......................................... 1,2,3" in lines
     names = [line.split()[0].lower() for line in lines[1:-1]]
     assert names == sorted(names)
-    expected = sum(len(flags_of(group)) for group in GROUPS.values() if group is not CompatConfig)
+    expected = sum(len(dataclasses.fields(group)) for group in GROUPS.values() if group is not CompatConfig)
     assert len(names) == expected
 
 
@@ -188,3 +201,27 @@ def test_what_a_recipe_prefers_yields_to_what_is_typed() -> None:
 
 def test_a_config_needs_no_command_line() -> None:
     assert Config(**{name: group() for name, group in GROUPS.items()}) == parse([])
+
+
+def test_a_config_knows_what_was_typed() -> None:
+    config = parse(["--clip_grad=1.0", "--no-overlap-grad-reduce", "--deepspeed"], {"seq_length": 8})
+    assert config.typed == {"optimizer.clip_grad", "optimizer.overlap_grad_reduce", "deepspeed.deepspeed"}
+    assert parse([]).typed == frozenset()
+
+
+@pytest.mark.parametrize("flag", ["--num-experts", "--moe-expert-parallel-size", "--expert-model-parallel-size"])
+def test_experts_are_accepted_for_a_dense_model_only(flag: str) -> None:
+    assert parse([flag, "1"]).compat.used() == [flag]
+    error = error_of(flag, "8")
+    assert (error.subject, error.found, error.expected) == (flag, "8", "1")
+    assert "mixture-of-experts" in error.fix
+
+
+def test_experts_per_layer() -> None:
+    assert parse(["--num-experts", "1", "1", "--mlp-type", "standard"]).compat.num_experts == (1, 1)
+    assert error_of("--num-experts", "1", "16").found == "16"
+
+
+def test_zero_3_names_the_nearest_stage() -> None:
+    error = error_of("--zero-stage", "3")
+    assert (error.subject, error.expected, error.fix) == ("--zero-stage", "one of 0, 1, 2", "--zero-stage 2")

@@ -33,6 +33,13 @@ class GPTBatch:
         """The same batch on a device."""
         return GPTBatch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
 
+    def at(self, positions: torch.Tensor) -> GPTBatch:
+        """The given positions of every sequence.
+
+        Shapes: positions [n] -> each [b, n]
+        """
+        return GPTBatch(*(getattr(self, field.name)[:, positions] for field in fields(self)))
+
 
 def gpt_batch(
     rows: npt.NDArray[np.int64], eod: int | None, *, eod_mask_loss: bool = False, reset_position_ids: bool = False

@@ -1,44 +1,37 @@
-"""Self-attention on the heads of this tensor-parallel rank."""
+"""Self-attention on the heads of this tensor-parallel rank, and on its part of the sequence."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from megatron_ds.kernels.table import Kernels
 from megatron_ds.model.config import TransformerConfig
+from megatron_ds.model.context_attention import ring_attention, ulysses_attention
 from megatron_ds.model.linear import ColumnParallelLinear, RowParallelLinear
-from megatron_ds.parallel.context import Axis
-from megatron_ds.parallel.rng import DropoutStreams
+from megatron_ds.model.recompute import recomputed
+from megatron_ds.model.runtime import Runtime
 from megatron_ds.parallel.spec import Init
 
 
 class SelfAttention(nn.Module):
     """Causal self-attention; query, key and value rows lie one after the other in one matrix.
 
-    Shapes: x [s, b, h] -> [s, b, h] without the output bias
-    Comm:   forward one all-reduce, backward one, both over tp
+    Shapes: x [s/cp, b, h] -> [s/cp, b, h] without the output bias (sequence parallel: both [s/cp/tp, b, h])
+    Comm:   that of a column- and a row-parallel linear; over cp keys and values, or all-to-all
     """
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer: int,
-        *,
-        tp: Axis,
-        kernels: Kernels,
-        streams: DropoutStreams,
-        **factory: Any,
-    ):
+    def __init__(self, config: TransformerConfig, layer: int, *, runtime: Runtime, **factory: Any):
         super().__init__()
         assert config.hidden_size and config.num_attention_heads and config.num_layers
-        self.layer, self.kernels, self.streams, self.tp = layer, kernels, streams, tp
-        self.head_size, self.dropout = config.head_size, config.attention_dropout
+        self.layer, self.runtime = layer, runtime
+        self.head_size, self.dropout_probability = config.head_size, config.attention_dropout
         self.width = config.num_attention_heads * config.head_size
-        self.heads, self.kv_heads = config.num_attention_heads // tp.size, config.kv_heads // tp.size
+        tp = runtime.shards.tp.size
+        self.heads, self.kv_heads = config.num_attention_heads // tp, config.kv_heads // tp
         parts = (self.width, config.kv_heads * config.head_size, config.kv_heads * config.head_size)
         std = config.init_method_std
         self.linear_qkv = ColumnParallelLinear(
@@ -46,7 +39,7 @@ class SelfAttention(nn.Module):
             parts,
             bias=config.add_bias_linear or config.add_qkv_bias,
             init=Init("normal", std),
-            tp=tp,
+            runtime=runtime,
             **factory,
         )
         self.linear_proj = RowParallelLinear(
@@ -54,22 +47,52 @@ class SelfAttention(nn.Module):
             config.hidden_size,
             bias=config.add_bias_linear,
             init=Init("normal", std / math.sqrt(2 * config.num_layers)),
-            tp=tp,
+            runtime=runtime,
             **factory,
         )
+        recompute = runtime.recompute
+        self.recomputes = recompute.granularity == "selective" and "core_attn" in recompute.recompute_modules
 
     def forward(self, x: torch.Tensor, rope: torch.Tensor | None) -> torch.Tensor:
         """Attend to earlier positions."""
-        s, b, _ = x.shape
+        fused = self.linear_qkv(x)
+        s, b, _ = fused.shape
         local = self.head_size * self.heads, self.head_size * self.kv_heads, self.head_size * self.kv_heads
-        q, k, v = (t.view(s, b, -1, self.head_size) for t in self.linear_qkv(x).split(local, dim=-1))
+        q, k, v = (t.view(s, b, -1, self.head_size) for t in fused.split(local, dim=-1))
         if rope is not None:
-            q, k = self.kernels.rope(q, rope), self.kernels.rope(k, rope)
-        dropout = self.dropout if self.training else 0.0
-        if dropout:
-            self.streams.enter(self.layer, "attention", per_head=True)
-        out: torch.Tensor = self.linear_proj(self.kernels.attention(q, k, v, dropout))
+            q, k = self.runtime.kernels.rope(q, rope), self.runtime.kernels.rope(k, rope)
+        core = recomputed(self._core, self.runtime, q, k, v) if self.recomputes else self._core(q, k, v)
+        out: torch.Tensor = self.linear_proj(core)
         return out
+
+    def _core(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """softmax(q k^T) v over the whole sequence.
+
+        Shapes: q [s/cp, b, a/tp, d], k and v [s/cp, b, k/tp, d] -> [s/cp, b, a*d/tp]
+        """
+        shards = self.runtime.shards
+        if shards.cp.size == 1:
+            return self._attend(q, k, v)
+        if shards.ulysses:
+            return ulysses_attention(q, k, v, shards.cp, self._attend)
+        # The backward draws the masks again, when the streams stand at another micro-batch.
+        return ring_attention(q, k, v, shards.cp, self._dropout, partial(self._enter, self.runtime.streams.sample))
+
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Attention over a sequence that is all here."""
+        if self._dropout:
+            self._enter(self.runtime.streams.sample, 0)
+        return self.runtime.kernels.attention(q, k, v, self._dropout)
+
+    def _enter(self, sample: int, block: int) -> None:
+        """Begin the stream of the probabilities' dropout: each rank has its own heads, queries and blocks of keys."""
+        shards, streams = self.runtime.shards, self.runtime.streams
+        streams.sample = sample
+        streams.enter(self.layer, "attention", (shards.tp.rank, shards.cp.rank, block))
+
+    @property
+    def _dropout(self) -> float:
+        return self.dropout_probability if self.training else 0.0
 
     def attention_flops(self, seq_length: int) -> int:
         """Forward FLOPs per token of q k^T and p v, all ranks together, counted without the causal half."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from megatron_ds.cli import arg
 
@@ -115,3 +115,57 @@ class TransformerConfig:
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} {value!r}")
         return config
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecomputeConfig:
+    """Activation memory: what is computed again in the backward instead of being kept."""
+
+    recompute_granularity: Literal["full", "selective"] | None = arg(
+        None, "full: whole layers, of which only the input is kept; selective: what --recompute-modules names."
+    )
+    recompute_method: Literal["uniform", "block"] | None = arg(
+        None, "uniform: all layers, in groups of --recompute-num-layers; block: the first so many of each chunk."
+    )
+    recompute_num_layers: int | None = arg(
+        None,
+        "Layers of a group (uniform) or of each chunk (block). Default: 1.",
+        "--recompute-num-layers",
+        "--checkpoint-num-layers",
+        "--activations-checkpoint-num-layers",
+    )
+    recompute_modules: tuple[Literal["core_attn", "mlp"], ...] = arg(
+        ("core_attn",), "What selective recomputation covers: core_attn, mlp."
+    )
+    recompute_activations: bool = arg(False, "The same as --recompute-granularity selective.")
+    checkpoint_activations: bool = arg(False, "The same as --recompute-granularity full, Megatron-DeepSpeed's name.")
+    activations_checkpoint_method: Literal["uniform", "block"] | None = arg(
+        None, "Full recomputation by this method, an old name."
+    )
+    distribute_saved_activations: bool = arg(
+        False,
+        "Cut the kept inputs over tp, each rank keeping its part.",
+        "--distribute-saved-activations",
+        "--distribute-checkpointed-activations",
+        "--partition-activations",
+    )
+    checkpoint_in_cpu: bool = arg(False, "Keep the inputs of recomputed layers in the memory of the host.")
+
+    @property
+    def granularity(self) -> Literal["full", "selective"] | None:
+        """What was asked for under any name."""
+        if self.recompute_granularity:
+            return self.recompute_granularity
+        if self.checkpoint_activations or self.activations_checkpoint_method:
+            return "full"
+        return "selective" if self.recompute_activations else None
+
+    @property
+    def method(self) -> Literal["uniform", "block"]:
+        """How full recomputation goes about it."""
+        return self.recompute_method or self.activations_checkpoint_method or "uniform"
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of a group, or of each chunk."""
+        return self.recompute_num_layers or 1

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from megatron_ds.kernels.rope import rope_table
-from megatron_ds.kernels.table import Kernels
 from megatron_ds.model.config import TransformerConfig
 from megatron_ds.model.embedding import GPTEmbedding, OutputLayer, TiedHead, Vocab
 from megatron_ds.model.layer import Norm, TransformerLayer
 from megatron_ds.model.loss import vocab_parallel_cross_entropy
-from megatron_ds.parallel.context import Axis
-from megatron_ds.parallel.rng import DropoutStreams
+from megatron_ds.model.recompute import recomputed
+from megatron_ds.model.runtime import Runtime
 from megatron_ds.parallel.spec import Init, ParamSpec
 
 
@@ -30,11 +30,11 @@ class Stage(NamedTuple):
 
 
 class GPTModel(nn.Module):
-    """The layers of one stage; on the first the embeddings, on the last final norm, head and loss.
+    """The layers of one chunk; on the first the embeddings, on the last final norm, head and loss.
 
     Parameter names are global: layers are numbered over the whole model, and a tied head bears the embedding's name.
-    Shapes: tokens, labels, positions [b, s]; upstream [s, b, h] -> [s, b, h], on the last stage losses [s, b] or,
-    without labels, logits [s, b, v/tp]
+    Shapes: tokens, labels, positions [b, s/cp]; upstream [s/cp, b, h] -> [s/cp, b, h] (sequence parallel: s/cp/tp), on
+            the last chunk losses [s/cp, b] or, without labels, logits [s/cp, b, v/tp]
     """
 
     def __init__(
@@ -43,38 +43,27 @@ class GPTModel(nn.Module):
         vocab: Vocab,
         stage: Stage,
         *,
-        tp: Axis,
-        kernels: Kernels | None = None,
-        streams: DropoutStreams | None = None,
         max_positions: int,
+        runtime: Runtime | None = None,
         **factory: Any,
     ):
         super().__init__()
         assert config.hidden_size
-        self.config, self.vocab, self.stage, self.tp = config, vocab, stage, tp
+        self.config, self.vocab, self.stage, self.runtime = config, vocab, stage, runtime or Runtime()
         self.tied = not config.untie_embeddings_and_output_weights
-        shared = {
-            "tp": tp,
-            "kernels": kernels or Kernels(),
-            "streams": streams or DropoutStreams(0, tp.rank),
-            **factory,
-        }
-        table = {"init": Init("normal", config.init_method_std), "tp": tp, **factory}
+        self.dtype = factory.get("dtype", torch.get_default_dtype())
+        shared = {"runtime": self.runtime, **factory}
+        table = {"init": Init("normal", config.init_method_std), **shared}
         if stage.is_first:
-            self.embedding: nn.Module = GPTEmbedding(
-                vocab,
-                config.hidden_size,
-                None if config.uses_rope else max_positions,
-                dropout=config.hidden_dropout,
-                streams=shared["streams"],
-                **table,
-            )
+            positions = None if config.uses_rope else max_positions
+            dropout = config.hidden_dropout
+            self.embedding: nn.Module = GPTEmbedding(vocab, config.hidden_size, positions, dropout=dropout, **table)
         elif stage.is_last and self.tied:
             self.embedding = TiedHead(vocab, config.hidden_size, **table)
         layers = range(stage.start, stage.stop)
         self.layers = nn.ModuleDict({str(i): TransformerLayer(config, i, **shared) for i in layers})
         if stage.is_last:
-            self.final_layernorm = Norm(config, shared["kernels"], **factory)
+            self.final_layernorm = Norm(config, **shared)
             if not self.tied:
                 self.output_layer = OutputLayer(vocab, config.hidden_size, **table)
 
@@ -89,14 +78,29 @@ class GPTModel(nn.Module):
         x = self.embedding(tokens.t(), positions.t()) if upstream is None else upstream
         rope = None
         if self.config.uses_rope:
-            rope = rope_table(positions.t(), self.config.rotated, self.config.rotary_base, x.dtype)
-        for layer in self.layers.values():
-            x = layer(x, rope)
+            rope = rope_table(positions.t(), self.config.rotated, self.config.rotary_base, self.dtype)
+        for layers, recompute in self._groups():
+            run = partial(_through, layers, rope)
+            x = recomputed(run, self.runtime, x, whole_layers=True) if recompute else run(x)
         if not self.stage.is_last:
             return x
         x = self.final_layernorm(x)
         logits = self.embedding.word_embeddings.project(x) if self.tied else self.output_layer(x)  # type: ignore
-        return logits if labels is None else vocab_parallel_cross_entropy(logits, labels.t(), self.vocab, self.tp)
+        if labels is None:
+            return logits  # type: ignore[no-any-return]
+        return vocab_parallel_cross_entropy(logits, labels.t(), self.vocab, self.runtime.shards.tp)
+
+    def _groups(self) -> Iterator[tuple[list[nn.Module], bool]]:
+        """Layers that run together, and whether they are recomputed."""
+        layers, recompute = list(self.layers.values()), self.runtime.recompute
+        if recompute.granularity != "full":
+            yield layers, False
+        elif recompute.method == "uniform":
+            for first in range(0, len(layers), recompute.num_layers):
+                yield layers[first : first + recompute.num_layers], True
+        else:
+            yield from (([layer], True) for layer in layers[: recompute.num_layers])
+            yield layers[recompute.num_layers :], False
 
     def table(self) -> dict[str, ParamSpec]:
         """The parameter table of this chunk, by global name."""
@@ -125,3 +129,9 @@ class GPTModel(nn.Module):
                 yield module.flops_per_token()
             if hasattr(module, "attention_flops"):
                 yield module.attention_flops(seq_length)
+
+
+def _through(layers: Sequence[nn.Module], rope: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    for layer in layers:
+        x = layer(x, rope)
+    return x

@@ -1,7 +1,10 @@
-"""The two linear layers of tensor parallelism.
+"""The two linear layers of tensor parallelism, with and without sequence parallelism.
 
-A pair column -> row needs one all-reduce forward (at the end of row) and one backward (at the start of column); the
-backward one runs while the weight gradient is computed.
+    column -> row       forward                            backward
+    tensor parallel     all-reduce after row               all-reduce of dX, while dA is computed
+    + sequence          all-gather, reduce-scatter         all-gather of dY; all-gather of X again, reduce-scatter of dX
+
+X is kept cut and gathered again, as is dA's own input only; dY is gathered once and serves dX and dA.
 """
 
 from __future__ import annotations
@@ -12,74 +15,108 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megatron_ds.parallel.collectives import all_reduce, all_reduce_async
-from megatron_ds.parallel.context import Axis
+from megatron_ds.model.runtime import Runtime
+from megatron_ds.parallel.collectives import (
+    all_gather,
+    all_reduce,
+    all_reduce_async,
+    reduce_scatter,
+    start_all_gather,
+    start_reduce_scatter,
+)
 from megatron_ds.parallel.spec import Init, ParamSpec, Split
 
 
 class _ColumnLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, axis: Axis) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, runtime: Runtime
+    ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.axis, ctx.has_bias = axis, bias is not None
-        return F.linear(x, weight, bias)
+        ctx.runtime, ctx.has_bias = runtime, bias is not None
+        shards = runtime.shards
+        return F.linear(all_gather(x, shards.tp) if shards.sequence_parallel else x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
+        tp, sequence_parallel = ctx.runtime.shards.tp, ctx.runtime.shards.sequence_parallel
         flat_grad = grad.reshape(-1, grad.shape[-1])
-        grad_x = flat_grad @ weight if ctx.needs_input_grad[0] else None
-        pending = all_reduce_async(grad_x, ctx.axis) if grad_x is not None else None
-        grad_weight = flat_grad.t() @ x.reshape(-1, x.shape[-1])
+        # Started before dX is computed, needed only after it.
+        gathered = start_all_gather(x, tp) if sequence_parallel and ctx.runtime.weight_grads.list is None else None
+        grad_x = (flat_grad @ weight).view(*grad.shape[:-1], -1)
+        if sequence_parallel:
+            grad_x, pending = start_reduce_scatter(grad_x, tp)
+        else:
+            pending = all_reduce_async(grad_x, tp)
+
+        def grad_weight() -> torch.Tensor:
+            if not sequence_parallel:
+                return flat_grad.t() @ x.reshape(-1, x.shape[-1])
+            whole, handle = gathered or start_all_gather(x, tp)
+            handle.wait()
+            return flat_grad.t() @ whole.view(-1, x.shape[-1])
+
+        made = ctx.runtime.weight_grads.make(weight, grad_weight)
         grad_bias = flat_grad.sum(0) if ctx.has_bias else None
-        if pending is None or grad_x is None:
-            return None, grad_weight, grad_bias, None
         pending.wait()
-        return grad_x.view(x.shape), grad_weight, grad_bias, None
+        return grad_x, made, grad_bias, None
 
 
 class _RowLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, axis: Axis) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, runtime: Runtime) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        return all_reduce(F.linear(x, weight), axis)
+        ctx.runtime = runtime
+        partial = F.linear(x, weight)
+        shards = runtime.shards
+        return reduce_scatter(partial, shards.tp) if shards.sequence_parallel else all_reduce(partial, shards.tp)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
+        shards = ctx.runtime.shards
+        if shards.sequence_parallel:
+            grad = all_gather(grad, shards.tp)
         flat_grad = grad.reshape(-1, grad.shape[-1])
         grad_x = (flat_grad @ weight).view(x.shape)
-        return grad_x, flat_grad.t() @ x.reshape(-1, x.shape[-1]), None
+        made = ctx.runtime.weight_grads.make(weight, lambda: flat_grad.t() @ x.reshape(-1, x.shape[-1]))
+        return grad_x, made, None
 
 
-def column_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tp: Axis) -> torch.Tensor:
+def column_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, runtime: Runtime
+) -> torch.Tensor:
     """x A_i + b_i for any weight split by output columns (a tied embedding is one too).
 
-    Shapes: x [s, b, i], weight [o/tp, i] -> [s, b, o/tp]
-    Comm:   backward all-reduce of dX, overlapped with dA
+    Shapes: x [s, b, i] (sequence parallel: [s/tp, b, i]), weight [o/tp, i] -> [s, b, o/tp]
+    Comm:   backward all-reduce of dX, overlapped with dA (sequence parallel: see above)
     """
-    out: torch.Tensor = _ColumnLinear.apply(x, weight, bias, tp)
+    out: torch.Tensor = _ColumnLinear.apply(x, weight, bias, runtime)
     return out
 
 
 class ColumnParallelLinear(nn.Module):
     """Linear layer split by output columns: Y_i = X A_i + b_i.
 
-    Shapes: x [s, b, i] -> [s, b, o/tp]; `parts` lists the sizes of fused outputs, each split by itself
-    Comm:   forward none; backward all-reduce of dX, overlapped with dA
-    Source: Shoeybi et al. 2019, arXiv:1909.08053, sec. 3
+    Shapes: x [s, b, i] -> [s, b, o/tp] (sequence parallel: x [s/tp, b, i]); `parts` lists the sizes of fused outputs,
+            each split by itself
+    Comm:   forward none (SP: all-gather of X); backward all-reduce of dX (SP: reduce-scatter, and X gathered again)
+    Source: Shoeybi et al. 2019, arXiv:1909.08053, sec. 3; Korthikanti et al. 2022, arXiv:2205.05198, sec. 4.2
     """
 
-    def __init__(self, inputs: int, parts: tuple[int, ...], *, bias: bool, init: Init, tp: Axis, **factory: Any):
+    def __init__(
+        self, inputs: int, parts: tuple[int, ...], *, bias: bool, init: Init, runtime: Runtime, **factory: Any
+    ):
         super().__init__()
-        self.inputs, self.parts, self.init, self.tp = inputs, parts, init, tp
-        outputs = sum(parts) // tp.size
+        self.inputs, self.parts, self.init, self.runtime = inputs, parts, init, runtime
+        outputs = sum(parts) // runtime.shards.tp.size
         self.weight = nn.Parameter(torch.empty(outputs, inputs, **factory))
         self.bias = nn.Parameter(torch.empty(outputs, **factory)) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """X A_i + b_i."""
-        return column_linear(x, self.weight, self.bias, self.tp)
+        return column_linear(x, self.weight, self.bias, self.runtime)
 
     def specs(self) -> list[ParamSpec]:
         """Rows of the parameter table, under local names."""
@@ -96,26 +133,27 @@ class ColumnParallelLinear(nn.Module):
 class RowParallelLinear(nn.Module):
     """Linear layer split by input rows: Y = sum_i X_i A_i; the bias is left to the caller, who fuses it.
 
-    Shapes: x [s, b, i/tp] -> [s, b, o]
-    Comm:   forward all-reduce of Y; backward none
-    Source: Shoeybi et al. 2019, arXiv:1909.08053, sec. 3
+    Shapes: x [s, b, i/tp] -> [s, b, o] (sequence parallel: [s/tp, b, o])
+    Comm:   forward all-reduce of Y (SP: reduce-scatter); backward none (SP: all-gather of dY)
+    Source: Shoeybi et al. 2019, arXiv:1909.08053, sec. 3; Korthikanti et al. 2022, arXiv:2205.05198, sec. 4.2
     """
 
-    def __init__(self, inputs: int, outputs: int, *, bias: bool, init: Init, tp: Axis, **factory: Any):
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, init: Init, runtime: Runtime, **factory: Any):
         super().__init__()
-        self.inputs, self.outputs, self.init, self.tp = inputs, outputs, init, tp
-        self.weight = nn.Parameter(torch.empty(outputs, inputs // tp.size, **factory))
+        self.inputs, self.outputs, self.init, self.runtime = inputs, outputs, init, runtime
+        self.weight = nn.Parameter(torch.empty(outputs, inputs // runtime.shards.tp.size, **factory))
         self.bias = nn.Parameter(torch.empty(outputs, **factory)) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """sum_i X_i A_i, without the bias."""
-        out: torch.Tensor = _RowLinear.apply(x, self.weight, self.tp)
+        out: torch.Tensor = _RowLinear.apply(x, self.weight, self.runtime)
         return out
 
     def specs(self) -> list[ParamSpec]:
         """Rows of the parameter table, under local names."""
         rows = [ParamSpec("weight", (self.outputs, self.inputs), self.init, Split(1))]
-        bias = ParamSpec("bias", (self.outputs,), Init("zeros"), decay=False)
+        partial_over = self.runtime.shards.partial_over
+        bias = ParamSpec("bias", (self.outputs,), Init("zeros"), decay=False, partial_over=partial_over)
         return rows + ([bias] if self.bias is not None else [])
 
     def flops_per_token(self) -> int:

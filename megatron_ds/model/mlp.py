@@ -8,31 +8,30 @@ from typing import Any
 import torch
 from torch import nn
 
-from megatron_ds.kernels.table import Kernels
 from megatron_ds.model.config import TransformerConfig
 from megatron_ds.model.linear import ColumnParallelLinear, RowParallelLinear
-from megatron_ds.parallel.context import Axis
+from megatron_ds.model.runtime import Runtime
 from megatron_ds.parallel.spec import Init
 
 
 class MLP(nn.Module):
     """GELU, or SwiGLU with gate and up rows one after the other in one matrix.
 
-    Shapes: x [s, b, h] -> [s, b, h] without the output bias
-    Comm:   forward one all-reduce, backward one, both over tp
+    Shapes: x [s, b, h] -> [s, b, h] without the output bias (sequence parallel: both [s/tp, b, h])
+    Comm:   that of a column- and a row-parallel linear
     """
 
-    def __init__(self, config: TransformerConfig, *, tp: Axis, kernels: Kernels, **factory: Any):
+    def __init__(self, config: TransformerConfig, *, runtime: Runtime, **factory: Any):
         super().__init__()
         assert config.hidden_size and config.num_layers
         f, std = config.ffn_size, config.init_method_std
-        self.activation = kernels.swiglu if config.swiglu else kernels.gelu
+        self.activation = runtime.kernels.swiglu if config.swiglu else runtime.kernels.gelu
         self.linear_fc1 = ColumnParallelLinear(
             config.hidden_size,
             (f, f) if config.swiglu else (f,),
             bias=config.add_bias_linear,
             init=Init("normal", std),
-            tp=tp,
+            runtime=runtime,
             **factory,
         )
         self.linear_fc2 = RowParallelLinear(
@@ -40,7 +39,7 @@ class MLP(nn.Module):
             config.hidden_size,
             bias=config.add_bias_linear,
             init=Init("normal", std / math.sqrt(2 * config.num_layers)),
-            tp=tp,
+            runtime=runtime,
             **factory,
         )
 

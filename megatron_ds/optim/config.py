@@ -19,12 +19,19 @@ class OptimizerConfig:
     adam_beta2: float = arg(0.999, "Decay of the mean of squared gradients.")
     adam_eps: float = arg(1e-8, "Added to the root of the mean of squared gradients.")
     clip_grad: float = arg(1.0, "Limit of the global L2 norm of the gradient; 0 does not clip.")
-    zero_stage: Literal[0, 1] | None = arg(
-        None, "0: every data-parallel rank holds the whole optimizer state; 1: each holds its share."
+    zero_stage: Literal[0, 1, 2] | None = arg(
+        None, "What data-parallel ranks share. 0: nothing; 1: the optimizer state; 2: the gradients too."
     )
     use_distributed_optimizer: bool = arg(False, "Megatron's name for --zero-stage 1.")
-    reduce_bucket_size: int = arg(40_000_000, "Gradient elements that are reduced together.", metavar="ELEMENTS")
+    reduce_bucket_size: int | None = arg(
+        None,
+        "Gradient elements that are reduced together. Default: an eighth of the rank's parameters, 1 to 40 million.",
+        "--reduce-bucket-size",
+        "--ddp-bucket-size",
+        metavar="ELEMENTS",
+    )
     overlap_grad_reduce: bool = arg(True, "Reduce gradients after the backward instead of during it.")
+    overlap_param_gather: bool = arg(False, "Gather updated parameters during the next forward instead of before it.")
 
     @property
     def effective_zero_stage(self) -> int:
@@ -37,8 +44,16 @@ class PrecisionConfig:
     """Precision."""
 
     bf16: bool = arg(False, "Compute in bfloat16; gradients and master weights stay in fp32.")
-    fp16: bool = arg(False, "Compute in float16 with loss scaling.")
-
+    fp16: bool = arg(False, "Compute in float16 with loss scaling; gradients and master weights stay in fp32.")
+    loss_scale: float | None = arg(None, "Constant loss scale of --fp16. Default: dynamic.")
+    initial_loss_scale: float = arg(2.0**32, "Where the dynamic loss scale starts.")
+    min_loss_scale: float = arg(1.0, "The dynamic loss scale never falls below this.")
+    loss_scale_window: int = arg(1000, "Steps without overflow after which the dynamic loss scale doubles.")
+    hysteresis: int = arg(2, "Overflows before the dynamic loss scale halves.")
+    grad_reduce_in_bf16: bool = arg(False, "Accumulate and reduce gradients in bfloat16 instead of fp32.")
+    fp32_residual_connection: bool = arg(False, "Keep the residual stream in fp32 beside --bf16 or --fp16.")
+    deepspeed_loss_scaling: bool = False
+    """Follow DeepSpeed's rule for the dynamic loss scale instead of Megatron's; set by ds_config.json."""
 
 @dataclass(frozen=True, kw_only=True)
 class LRConfig:

@@ -1,4 +1,4 @@
-"""One step of ZeRO-0 or ZeRO-1: norm -> clip -> AdamW on this rank's shard -> cast -> gather.
+"""One step of ZeRO-0, 1 or 2: norm -> clip -> AdamW on this rank's shard -> cast -> gather.
 
 The optimizer sees *segments*: the part of one parameter that lies in this rank's shard of a bucket. ZeRO-0 is the case
 in which every rank's shard is the whole bucket. Decay, norm and checkpoint all go by segment, so that nobody needs to
@@ -39,7 +39,8 @@ class ZeroOptimizer:
     """AdamW over the shards of one rank."""
 
     def __init__(self, buckets: Buckets, config: OptimizerConfig, *, tp: Axis, dp: Axis):
-        self.buckets, self.config, self.tp, self.dp = buckets, config, tp, dp
+        self.buckets, self.tp, self.dp = buckets, tp, dp
+        self.gathers_late = config.overlap_param_gather and buckets.sharded
         self.device = next(iter(buckets)).params.device
         self.masters = {id(bucket): _master(bucket) for bucket in buckets}
         self.segments = [segment for bucket in buckets for segment in self._cut(bucket)]
@@ -58,11 +59,10 @@ class ZeroOptimizer:
             end = begin + torch.Size(spec.local_shape(self.tp.size)).numel()
             low, high = max(begin, bucket.start), min(end, bucket.stop)
             if low < high:
-                values = master[low - bucket.start : high - bucket.start].detach()
-                values.grad = bucket.grads[low:high]
-                yield Segment(
-                    spec, low - begin, values, values.grad, torch.zeros_like(values), torch.zeros_like(values)
-                )
+                mine = slice(low - bucket.start, high - bucket.start)
+                values = master[mine].detach()
+                grad, moments = bucket.shard_grads[mine], (torch.zeros_like(values), torch.zeros_like(values))
+                yield Segment(spec, low - begin, values, grad, *moments)
 
     def set_steps(self, steps: int) -> None:
         """Give AdamW its moments and the number of updates that made them (bias correction)."""
@@ -79,7 +79,7 @@ class ZeroOptimizer:
 
         Shapes: values = the local shape of the parameter
         """
-        self.buckets.view(name, tuple(values.shape), grads=False).copy_(values)
+        self.buckets.view(name, tuple(values.shape)).copy_(values)
         for segment in self.segments:
             if segment.spec.name == name:
                 n = segment.master.numel()
@@ -118,7 +118,9 @@ class ZeroOptimizer:
         return torch.stack(zeros).sum().double() if zeros else self._nothing()
 
     def _squared_norm(self, tensors: list[torch.Tensor]) -> torch.Tensor:
-        return torch.stack(torch._foreach_norm(tensors)).double().square().sum() if tensors else self._nothing()
+        if not tensors:
+            return self._nothing()
+        return torch.stack(torch._foreach_norm(tensors, dtype=torch.float32)).double().square().sum()
 
     def _nothing(self) -> torch.Tensor:
         return torch.zeros((), dtype=torch.float64, device=self.device)
@@ -133,39 +135,43 @@ class ZeroOptimizer:
     def apply(self, *, lr: float, weight_decay: float, scale: float) -> None:
         """Multiply the gradients by `scale` (normalisation and clipping), update, and spread the new parameters.
 
-        Comm:   ZeRO-1 all-gather of the parameters over dp
+        Comm:   ZeRO-1 and 2: all-gather of the parameters over dp and cp
         """
         if self.adamw is not None:
             if scale != 1.0:
                 torch._foreach_mul_([segment.grad for segment in self.segments], scale)
+            for segment in self.segments:
+                segment.master.grad = segment.grad.to(segment.master.dtype)
             for group in self.adamw.param_groups:
                 group["lr"], group["weight_decay"] = lr, weight_decay if group["decayed"] else 0.0
             self.adamw.step()
+            for segment in self.segments:
+                segment.master.grad = None
         self.publish()
 
     @torch.no_grad()
     def publish(self) -> None:
         """Cast the masters to the model's precision and collect the other ranks' shards."""
         for bucket in self.buckets:
-            shard = bucket.params[bucket.start : bucket.stop]
-            master = self.masters[id(bucket)]
-            if master.data_ptr() != shard.data_ptr():
-                shard.copy_(master)
+            if not self.model_is_master(bucket):
+                bucket.params[bucket.start : bucket.stop].copy_(self.masters[id(bucket)])
         self.buckets.gather_params()
+        if not self.gathers_late:
+            self.buckets.wait_params()
 
     def pieces(self) -> Iterator[Piece]:
         """Masters (where the model is not fp32 itself) and moments, for saving and loading."""
         for segment in self.segments:
             kinds = {"exp_avg": segment.exp_avg, "exp_avg_sq": segment.exp_avg_sq}
-            if not self.model_is_master(segment.spec.name):
+            if not self.model_is_master(self.buckets.of[segment.spec.name]):
                 kinds["master"] = segment.master
             for kind, values in kinds.items():
                 name = f"optimizer/{segment.spec.name}/{kind}"
                 yield from segment.spec.flat_pieces(values, segment.start, self.tp.rank, self.tp.size, name)
 
-    def model_is_master(self, name: str) -> bool:
-        """True where the parameter itself is kept in fp32."""
-        return self.buckets.of[name].params.dtype == torch.float32
+    def model_is_master(self, bucket: Bucket) -> bool:
+        """True where the parameters themselves are kept in fp32."""
+        return bucket.params.dtype == torch.float32
 
     def saves(self, spec: ParamSpec) -> bool:
         """True on the one rank that writes a replicated optimizer state."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from megatron_ds import log
 from megatron_ds.parallel.config import ParallelConfig
+from megatron_ds.parallel.traffic import Traffic
 
 AXES = ("pp", "dp", "cp", "tp")
 
@@ -22,12 +25,16 @@ class Axis:
     """One axis of the mesh as this rank sees it.
 
     `group` raises where there is none: to torch.distributed `group=None` silently means the whole world.
+    on_paper: there are no other ranks; collectives only count what they would send (--dry-run).
     """
 
     name: str
     size: int = 1
     rank: int = 0
     handle: Any = None
+    on_gloo: bool = False
+    on_paper: bool = False
+    traffic: Traffic = field(default_factory=Traffic, compare=False, repr=False)
 
     @property
     def group(self) -> Any:
@@ -54,19 +61,72 @@ class Axis:
 
 @dataclass(frozen=True)
 class ParallelContext:
-    """All axes of this rank, the whole world, and the pair of stages that share a tied embedding."""
+    """All axes of this rank, and three more that combine them.
+
+    dp_cp: the ranks that hold the same parameters; over it gradients are summed and ZeRO shards are cut.
+    embedding: the first and the last stage, which share a tied embedding.
+    """
 
     pp: Axis
     dp: Axis
     cp: Axis
     tp: Axis
-    world: Axis
+    dp_cp: Axis
     embedding: Axis
+    world: Axis
+
+    @property
+    def axes(self) -> list[Axis]:
+        """Every axis once."""
+        return [getattr(self, field.name) for field in dataclasses.fields(self)]
 
     @classmethod
     def solo(cls) -> ParallelContext:
         """One process without a process group."""
-        return cls(**{name: Axis.solo(name) for name in (*AXES, "world", "embedding")})
+        return cls(**{field.name: Axis.solo(field.name) for field in dataclasses.fields(cls)})
+
+    @classmethod
+    def on_paper(cls, sizes: dict[str, int], rank: int = 0) -> ParallelContext:
+        """The axes of any rank of any world, with nobody at the other ends."""
+        at = coordinates(rank, sizes)
+        axes = {name: Axis(name, sizes[name], at[name], on_paper=True) for name in AXES}
+        data, ends = sizes["dp"] * sizes["cp"], sizes["pp"] > 1 and at["pp"] in (0, sizes["pp"] - 1)
+        return cls(
+            **axes,
+            dp_cp=Axis("dp_cp", data, at["dp"] * sizes["cp"] + at["cp"], on_paper=True),
+            embedding=Axis("embedding", 2, int(at["pp"] > 0), on_paper=True) if ends else Axis.solo("embedding"),
+            world=Axis("world", math.prod(sizes.values()), rank, on_paper=True),
+        )
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How the tensors inside a layer are shared between ranks.
+
+    tp cuts heads, features and vocabulary; with sequence_parallel what lies between those regions is cut over tp along
+    the sequence. cp cuts the sequence everywhere: attention sees the rest by a ring of keys and values, in which each
+    rank has a head and a tail chunk, or, with ulysses, by exchanging sequence for heads.
+    """
+
+    tp: Axis
+    cp: Axis = field(default_factory=lambda: Axis.solo("cp"))
+    sequence_parallel: bool = False
+    ulysses: bool = False
+
+    @classmethod
+    def solo(cls) -> Sharding:
+        """Nothing is shared."""
+        return cls(Axis.solo("tp"))
+
+    @property
+    def partial_over(self) -> tuple[str, ...]:
+        """Axes over which the gradient of a replicated parameter is only a partial sum (besides dp and cp)."""
+        return ("tp",) if self.sequence_parallel else ()
+
+    @property
+    def sequence_shard(self) -> int:
+        """Which part of a sequence this rank has between the regions of tensor parallelism."""
+        return self.cp.rank * self.tp.size + self.tp.rank if self.sequence_parallel else self.cp.rank
 
 
 def coordinates(rank: int, sizes: dict[str, int]) -> dict[str, int]:
@@ -82,26 +142,45 @@ def start(config: ParallelConfig, sizes: dict[str, int], device: torch.device) -
 
     Comm: rendezvous of the whole world; one process group per axis longer than 1
     """
-    world_size = log.world_size()
-    if world_size == 1:
+    if log.world_size() == 1:
         return ParallelContext.solo()
+    join(config, device)
+    return build_axes(config, sizes, device)
+
+
+def join(config: ParallelConfig, device: torch.device) -> None:
+    """Meet the other ranks.
+
+    Comm: rendezvous of the whole world
+    """
     backend = config.distributed_backend or ("nccl" if device.type == "cuda" else "gloo")
     timeout = timedelta(minutes=config.distributed_timeout_minutes)
     dist.init_process_group(
         backend,
         store=_store(timeout),
         rank=log.rank(),
-        world_size=world_size,
+        world_size=log.world_size(),
         timeout=timeout,
         device_id=device if backend == "nccl" else None,
     )
+
+
+def build_axes(config: ParallelConfig, sizes: dict[str, int], device: torch.device) -> ParallelContext:
+    """The axes of one layout of the ranks that have met; another layout of the same ranks may follow.
+
+    Comm: one process group per axis longer than 1
+    """
+    timeout = timedelta(minutes=config.distributed_timeout_minutes)
     mesh = init_device_mesh(device.type, tuple(sizes[name] for name in AXES), mesh_dim_names=AXES)
     axes = {name: _axis(name, mesh.get_group(name)) if sizes[name] > 1 else Axis.solo(name) for name in AXES}
     for axis in axes.values():
         if axis.size > 1:  # DeviceMesh has no way to say it, and gloo's own is half an hour
             dist.distributed_c10d._set_pg_timeout(timeout, axis.group)
     return ParallelContext(
-        **axes, world=_axis("world", dist.group.WORLD), embedding=_embedding_axis(mesh.mesh, axes["pp"], timeout)
+        **axes,
+        dp_cp=_data_axis(mesh.mesh, axes["dp"], axes["cp"], timeout),
+        embedding=_embedding_axis(mesh.mesh, axes["pp"], timeout),
+        world=_axis("world", dist.group.WORLD),
     )
 
 
@@ -113,7 +192,18 @@ def stop() -> None:
 
 
 def _axis(name: str, group: Any) -> Axis:
-    return Axis(name, dist.get_world_size(group), dist.get_rank(group), group)
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    return Axis(name, size, rank, group, on_gloo=dist.get_backend(group) == "gloo")
+
+
+def _data_axis(mesh: torch.Tensor, dp: Axis, cp: Axis, timeout: timedelta) -> Axis:
+    """dp and cp as one axis; where one of them has size 1, the other one's group serves."""
+    if dp.size == 1 or cp.size == 1:
+        longer = dp if cp.size == 1 else cp
+        return Axis("dp_cp", longer.size, longer.rank, longer.handle, longer.on_gloo)
+    rows = mesh.permute(0, 3, 1, 2).reshape(-1, dp.size * cp.size).tolist()
+    group, _ = dist.new_subgroups_by_enumeration(rows, timeout=timeout)
+    return _axis("dp_cp", group)
 
 
 def _embedding_axis(mesh: torch.Tensor, pp: Axis, timeout: timedelta) -> Axis:

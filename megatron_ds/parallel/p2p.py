@@ -1,4 +1,4 @@
-"""Point-to-point transfers between neighbouring pipeline stages, issued in matched batches."""
+"""Point-to-point transfers along an axis, posted in matched batches."""
 
 from __future__ import annotations
 
@@ -7,31 +7,32 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from megatron_ds.parallel.collectives import Done
 from megatron_ds.parallel.context import Axis
 
 
 class Transfer(NamedTuple):
-    """Send `tensor` to, or receive it from, the stage `peer` of the pipeline axis."""
+    """Send `tensor` to, or receive it from, the rank `peer` of an axis."""
 
     send: bool
     tensor: torch.Tensor
     peer: int
 
 
-def exchange(transfers: list[Transfer], pp: Axis) -> list[Any]:
-    """Wait for what is received; return the handles of what is sent, whose tensors must live until they complete.
+def post(transfers: list[Transfer], axis: Axis) -> list[Any]:
+    """Start all transfers; the `wait()` of a transfer's handle completes it, and until then its tensor must live.
 
-    Issued as one batch: with NCCL two neighbours that each send first would wait for each other for ever.
+    Posted as one batch: with NCCL two neighbours that each send first would wait for each other for ever.
     """
+    for transfer in transfers:
+        if transfer.send:
+            axis.traffic.add("send", transfer.tensor.nbytes)
+    if axis.on_paper:
+        return [Done()] * len(transfers)
     ops = [
-        dist.P2POp(dist.isend if t.send else dist.irecv, t.tensor, group=pp.group, group_peer=t.peer) for t in transfers
+        dist.P2POp(dist.isend if t.send else dist.irecv, t.tensor, group=axis.group, group_peer=t.peer)
+        for t in transfers
     ]
     works = dist.batch_isend_irecv(ops)
-    if len(works) < len(ops):  # NCCL coalesces the batch into one handle
-        for work in works:
-            work.wait()
-        return []
-    for work, transfer in zip(works, transfers, strict=True):
-        if not transfer.send:
-            work.wait()
-    return [work for work, transfer in zip(works, transfers, strict=True) if transfer.send]
+    # NCCL coalesces the batch into one handle.
+    return list(works) if len(works) == len(ops) else [works[0]] * len(ops)

@@ -1,8 +1,9 @@
 """Named random streams for dropout: each mask is a function of (seed, sample, layer, site), not of what ran before.
 
 torch's default generator is the one honest global of this package, and it is reseeded here only. Nothing about it has
-to be saved: a resumed run, a recomputed layer and another pipeline or data-parallel layout draw the same masks. Only
-masks over attention heads depend on the layout: each tensor-parallel rank draws those of its own heads.
+to be saved: a resumed run, a recomputed layer and another pipeline or data-parallel layout draw the same masks. Where
+ranks hold different parts of one activation (heads over tp; the sequence over cp, and with sequence parallelism over
+tp) each part has a stream of its own, so that there masks depend on the layout.
 """
 
 from __future__ import annotations
@@ -24,13 +25,12 @@ class DropoutStreams:
     """Seeds the generator before each dropout. `sample` is the global row number of the micro-batch's first sample."""
 
     seed: int
-    tp_rank: int
     sample: int = 0
     device_type: str = "cpu"
 
-    def enter(self, layer: int, site: str, per_head: bool = False) -> None:
-        """Begin the stream of one dropout; `per_head` where tensor-parallel ranks hold different elements."""
-        seed = stream_seed(self.seed, self.sample, layer, site, self.tp_rank if per_head else "all")
+    def enter(self, layer: int, site: str, part: object = 0) -> None:
+        """Begin the stream of one dropout; `part` says which of its elements this rank holds."""
+        seed = stream_seed(self.seed, self.sample, layer, site, part)
         # torch.manual_seed would seed every kind of device, which takes ten times as long.
         if self.device_type == "cuda":
             torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(seed)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
+from megatron_ds.model.runtime import PostponedGrad, WeightGrads
 from megatron_ds.parallel.context import Axis
-from megatron_ds.parallel.p2p import Transfer, exchange
+from megatron_ds.parallel.p2p import Transfer, post
 from megatron_ds.parallel.rng import DropoutStreams
 from megatron_ds.pipeline.schedule import COMMUNICATION, Action, Kind, peer, runs
 from megatron_ds.timers import Timers
@@ -18,12 +20,15 @@ Loss = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """Of the last stage's output: the sum of the target tokens' losses, and how many target tokens there are."""
 ForwardStep = Callable[[Any, nn.Module, "torch.Tensor | None"], "tuple[torch.Tensor, Loss]"]
 """(batch, model, upstream activation or None) -> (output, loss function)."""
-
+Key = tuple[int, int]
+"""(chunk, micro-batch)"""
 
 MAX_SENDS_IN_FLIGHT = 4
 TIMER_NAMES = {
     Kind.F: "forward-compute",
     Kind.B: "backward-compute",
+    Kind.I: "backward-input-compute",
+    Kind.W: "backward-weight-compute",
     Kind.REDUCE: "grads-sync",
     Kind.SEND_F: "forward-send",
     Kind.RECV_F: "forward-recv",
@@ -43,7 +48,7 @@ class Microbatch(NamedTuple):
 class Wire(NamedTuple):
     """What travels between stages.
 
-    Shapes: [s, b, h]
+    Shapes: [s, b, h], the part of a rank
     """
 
     shape: tuple[int, ...]
@@ -51,14 +56,24 @@ class Wire(NamedTuple):
     device: torch.device
 
 
+class Received(NamedTuple):
+    """A tensor that is there once its handle was waited for."""
+
+    tensor: torch.Tensor
+    handle: Any
+
+
 class Gradients(Protocol):
     """Where gradients go; see Note [From autograd gradient to optimizer shard]."""
 
-    def arm(self) -> None:
-        """The next backward completes them."""
+    def arm(self, chunk: int, still_missing: Sequence[torch.Tensor] | None) -> None:
+        """The next backward completes the chunk's gradients: all of them, or those that are still missing."""
 
-    def finish(self) -> None:
-        """Wait until they are summed over ranks."""
+    def add(self, weight: torch.Tensor, grad: torch.Tensor) -> None:
+        """A gradient that autograd did not bring."""
+
+    def finish(self, chunk: int) -> None:
+        """Wait until the chunk's gradients are summed over ranks."""
 
 
 class Executor:
@@ -66,18 +81,28 @@ class Executor:
 
     def __init__(
         self,
-        model: nn.Module,
+        chunks: Sequence[nn.Module],
         forward_step: ForwardStep,
         gradients: Gradients,
         *,
         pp: Axis,
         wire: Wire,
         streams: DropoutStreams,
-        loss_scale: float,
+        weight_grads: WeightGrads,
     ):
-        self.model, self.forward_step, self.gradients = model, forward_step, gradients
-        self.pp, self.wire, self.streams, self.loss_scale = pp, wire, streams, loss_scale
-        self.do = {Kind.F: self._forward, Kind.B: self._backward, Kind.REDUCE: self._reduce}
+        self.chunks, self.forward_step, self.gradients = chunks, forward_step, gradients
+        self.pp, self.wire, self.streams, self.weight_grads = pp, wire, streams, weight_grads
+        self.loss_scale = 1.0
+        """What the backward starts with, instead of 1."""
+        self.idle_seconds = 0.0
+        """Time spent waiting for other stages, since somebody last set it to 0 (on GPUs what the host waited)."""
+        self.do = {
+            Kind.F: self._forward,
+            Kind.B: self._backward,
+            Kind.I: self._backward_input,
+            Kind.W: self._backward_weight,
+            Kind.REDUCE: self._reduce,
+        }
 
     def run(self, actions: Sequence[Action], microbatches: Sequence[Microbatch], timers: Timers) -> torch.Tensor:
         """Execute one step's actions.
@@ -85,64 +110,100 @@ class Executor:
         Shapes: -> [2] fp64: loss sum, target tokens; zero on all but the last stage
         """
         self.microbatches = microbatches
-        self.upstream: dict[int, torch.Tensor] = {}
-        self.output: dict[int, torch.Tensor] = {}
-        self.grad: dict[int, torch.Tensor] = {}
+        self.upstream: dict[Key, Received] = {}
+        self.downstream: dict[Key, Received] = {}
+        self.output: dict[Key, torch.Tensor] = {}
+        self.grad: dict[Key, torch.Tensor] = {}
+        self.postponed: dict[Key, list[PostponedGrad]] = {}
         self.sent: list[tuple[Any, torch.Tensor]] = []
         self.total = torch.zeros(2, dtype=torch.float64, device=self.wire.device)
-        self.training = any(action.kind is Kind.B for action in actions)
-        completes = {a.microbatch for a in actions if a.kind is Kind.REDUCE}
+        self.training = any(action.kind is Kind.REDUCE for action in actions)
+        self.reduced_after = {(a.chunk, a.microbatch) for a in actions if a.kind is Kind.REDUCE}
         with torch.set_grad_enabled(self.training):
             for run in runs(actions):
-                if run[0].kind is Kind.B and run[0].microbatch in completes:
-                    self.gradients.arm()
                 with timers("-".join(TIMER_NAMES[action.kind] for action in run), level=2):
                     if run[0].kind in COMMUNICATION:
                         self._communicate(run)
                     else:
-                        self.do[run[0].kind](run[0].microbatch)
+                        self.do[run[0].kind]((run[0].chunk, run[0].microbatch))
         for work, _ in self.sent:
-            work.wait()
+            self._wait(work)
         return self.total
 
-    def _forward(self, i: int) -> None:
-        batch, self.streams.sample = self.microbatches[i]
-        upstream = self.upstream.get(i) if self.training else self.upstream.pop(i, None)
-        output, loss = self.forward_step(batch, self.model, upstream)
-        if self.pp.is_last:
+    def _forward(self, key: Key) -> None:
+        chunk, number = key
+        batch, self.streams.sample = self.microbatches[number]
+        upstream = self._arrived(self.upstream, key, keep=self.training)
+        output, loss = self.forward_step(batch, self.chunks[chunk], upstream)
+        ends = self.pp.is_last and chunk == len(self.chunks) - 1
+        if ends:
             loss_sum, num_targets = loss(output)
             self.total += torch.stack((loss_sum.detach().double(), num_targets.double()))
             output = loss_sum * self.loss_scale
-        if self.training or not self.pp.is_last:
-            self.output[i] = output
+        if self.training or not ends:
+            self.output[key] = output
 
-    def _backward(self, i: int) -> None:
-        torch.autograd.backward(self.output.pop(i), self.grad.pop(i, None))
-        upstream = self.upstream.pop(i, None)
+    def _backward(self, key: Key) -> None:
+        if key in self.reduced_after:
+            self.gradients.arm(key[0], None)
+        self._autograd(key)
+
+    def _backward_input(self, key: Key) -> None:
+        with self.weight_grads.postponed() as self.postponed[key]:
+            self._autograd(key)
+
+    def _autograd(self, key: Key) -> None:
+        torch.autograd.backward(self.output.pop(key), self._arrived(self.downstream, key, keep=False))
+        upstream = self.upstream.pop(key, None)
         if upstream is not None:
-            assert upstream.grad is not None
-            self.grad[i] = upstream.grad
+            assert upstream.tensor.grad is not None
+            self.grad[key] = upstream.tensor.grad
 
-    def _reduce(self, _: int) -> None:
-        self.gradients.finish()
+    def _backward_weight(self, key: Key) -> None:
+        postponed = self.postponed.pop(key)
+        if key in self.reduced_after:
+            self.gradients.arm(key[0], [weight for weight, _ in postponed])
+        while postponed:
+            weight, compute = postponed.pop(0)
+            with torch.no_grad():
+                self.gradients.add(weight, compute())
+
+    def _reduce(self, key: Key) -> None:
+        self.gradients.finish(key[0])
 
     def _communicate(self, run: Sequence[Action]) -> None:
         transfers = [self._transfer(action) for action in run]
-        handles = exchange(transfers, self.pp)
+        for action, transfer, handle in zip(run, transfers, post(transfers, self.pp), strict=True):
+            if transfer.send:
+                self.sent.append((handle, transfer.tensor))
+                continue
+            is_activation = action.kind is Kind.RECV_F
+            store = self.upstream if is_activation else self.downstream
+            tensor = transfer.tensor.requires_grad_(is_activation and self.training)
+            store[action.chunk, action.microbatch] = Received(tensor, handle)
         # A tensor must outlive its send. The schedule is checked to run even if every send blocks, so that waiting for
         # old ones here is safe and bounds what they hold.
-        self.sent += zip(handles, [t.tensor for t in transfers if t.send], strict=False)
         while len(self.sent) > MAX_SENDS_IN_FLIGHT:
-            self.sent.pop(0)[0].wait()
+            self._wait(self.sent.pop(0)[0])
 
     def _transfer(self, action: Action) -> Transfer:
-        i, other = action.microbatch, peer(action, self.pp.rank)
+        key, other = (action.chunk, action.microbatch), peer(action, self.pp.rank, self.pp.size)
         if action.kind is Kind.SEND_F:
-            output = self.output[i] if self.training else self.output.pop(i)
+            output = self.output[key] if self.training else self.output.pop(key)
             return Transfer(True, output.detach().contiguous(), other)
         if action.kind is Kind.SEND_B:
-            return Transfer(True, self.grad.pop(i).contiguous(), other)
-        received = torch.empty(self.wire.shape, dtype=self.wire.dtype, device=self.wire.device)
-        store = self.upstream if action.kind is Kind.RECV_F else self.grad
-        store[i] = received.requires_grad_(action.kind is Kind.RECV_F and self.training)
-        return Transfer(False, received.detach(), other)
+            return Transfer(True, self.grad.pop(key).contiguous(), other)
+        return Transfer(False, torch.empty(self.wire.shape, dtype=self.wire.dtype, device=self.wire.device), other)
+
+    def _arrived(self, store: dict[Key, Received], key: Key, keep: bool) -> torch.Tensor | None:
+        """What another stage sent for this action, waited for only now; None at an end of the pipeline."""
+        received = store.get(key) if keep else store.pop(key, None)
+        if received is None:
+            return None
+        self._wait(received.handle)
+        return received.tensor
+
+    def _wait(self, handle: Any) -> None:
+        start = time.perf_counter()
+        handle.wait()
+        self.idle_seconds += time.perf_counter() - start

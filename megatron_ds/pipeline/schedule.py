@@ -1,31 +1,39 @@
-"""Pipeline schedules as lists of actions, and a simulator that checks them before any rank runs.
+"""Pipeline schedules as lists of actions; nothing here knows torch or a device.
 
-A schedule says, stage by stage, what to do in which order. It is data: nothing here knows torch or a device.
+    order    what a stage computes:          F0 F1 B0 F2 B1 ...
+    actions  the same with its messages:     rF0 F0 [sF0 rF1] F1 [sF1 rB0] B0 [sB0 rF2] F2 ... R
+    run      neighbouring messages in [ ]:   posted together
 
-    order    what a stage computes:          F0 F1 B0 F2 B1 ... R
-    actions  the same with its messages:     rF0 F0 sF0 rF1 F1 [sF1 rB0] B0 [sB0 rF2] F2 ... R
-    run      neighbouring messages in [ ]:   posted together, waited for together
+A stage holds one or several chunks of the model. Chunk c of stage s is virtual stage k = c p + s: activations go from
+k to k + 1, their gradients from k to k - 1, so that with several chunks the last stage also sends to the first one.
 
-Posting a whole run at once is what keeps neighbours from waiting for each other: in the steady state of 1F1B a stage's
-[sF rB] meets the next stage's [sB rF], so both directions move at the same time.
+Note [Where messages stand]
+Receives bear no tag: on each ordered pair of stages the n-th send meets the n-th receive. All stages must therefore
+list their messages in one common order, and no order of work says by itself which. Time does: `build` lets all stages
+work through their orders at once, with messages that take no time. A message belongs to the moment at which it is made.
+At either end it stands before whatever starts at that moment or later, which puts a send right behind its result.
+Then nobody who follows the lists waits in a circle, not even if every send blocks until its receive is posted. And no
+run delays what follows it, although NCCL completes a run as a whole: all of it was made by the time that work starts.
 """
 
 from __future__ import annotations
 
-import textwrap
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
+from functools import lru_cache
 from itertools import pairwise
+from operator import itemgetter
 from typing import Literal, NamedTuple
 
 
 class Kind(str, Enum):
-    """What an action does; the value is how it is printed."""
+    """What an action does; the value is how it is printed. I and W are the halves of B: input and weight gradients."""
 
     F = "F"
     B = "B"
+    I = "I"  # noqa: E741
+    W = "W"
     SEND_F = "sF"
     RECV_F = "rF"
     SEND_B = "sB"
@@ -34,12 +42,15 @@ class Kind(str, Enum):
 
 
 COMMUNICATION = frozenset({Kind.SEND_F, Kind.RECV_F, Kind.SEND_B, Kind.RECV_B})
-_SENDS = frozenset({Kind.SEND_F, Kind.SEND_B})
-_OTHER_END = {Kind.SEND_F: Kind.RECV_F, Kind.RECV_F: Kind.SEND_F, Kind.SEND_B: Kind.RECV_B, Kind.RECV_B: Kind.SEND_B}
+_ANSWER = {Kind.SEND_F: Kind.RECV_F, Kind.RECV_F: Kind.SEND_F, Kind.SEND_B: Kind.RECV_B, Kind.RECV_B: Kind.SEND_B}
+_DOWNSTREAM = frozenset({Kind.SEND_F, Kind.RECV_B})
 
 
 class Action(NamedTuple):
-    """One thing that a stage does. A REDUCE bears the micro-batch whose backward completed the chunk's gradients."""
+    """One thing that a stage does, to a chunk of its own.
+
+    A REDUCE bears the micro-batch whose backward completed the chunk's gradients.
+    """
 
     kind: Kind
     chunk: int
@@ -51,79 +62,42 @@ class Action(NamedTuple):
 
 
 Actions = tuple[Action, ...]
-ScheduleName = Literal["1f1b", "gpipe", "forward"]
+ScheduleName = Literal["1f1b", "gpipe", "interleaved", "zbh1", "forward"]
 
 
 class ScheduleError(Exception):
     """A schedule that would hang or compute something else: a bug of ours, never a user's."""
 
 
-def gpipe(stage: int, num_stages: int, num_microbatches: int) -> Actions:
-    """All forwards, then all backwards: every micro-batch is live at the turn.
-
-    Source: Huang et al. 2019, arXiv:1811.06965
-    """
-    forwards = forward_only(stage, num_stages, num_microbatches)
-    return forwards + tuple(_action(Kind.B, i) for i in range(num_microbatches)) + _reduce(num_microbatches)
+def peer(action: Action, stage: int, num_stages: int) -> int:
+    """The stage at the other end of a message."""
+    return (stage + (1 if action.kind in _DOWNSTREAM else -1)) % num_stages
 
 
-def one_f_one_b(stage: int, num_stages: int, num_microbatches: int) -> Actions:
-    """A backward as soon as one can run: stage s keeps at most `num_stages - s` micro-batches live.
-
-    Source: Narayanan et al. 2021, arXiv:2104.04473, sec. 2.2 (the non-interleaved schedule)
-    """
-    warmup = min(num_stages - stage - 1, num_microbatches)
-    order = [_action(Kind.F, i) for i in range(warmup)]
-    for i in range(num_microbatches - warmup):
-        order += [_action(Kind.F, warmup + i), _action(Kind.B, i)]
-    order += [_action(Kind.B, i) for i in range(num_microbatches - warmup, num_microbatches)]
-    return tuple(order) + _reduce(num_microbatches)
+def answer(action: Action, stage: int, num_stages: int) -> Action:
+    """What the other end calls a message: it is received by another chunk where it goes round from last to first."""
+    other = peer(action, stage, num_stages)
+    if action.kind in _DOWNSTREAM:
+        chunk = action.chunk + (other == 0)
+    else:
+        chunk = action.chunk - (stage == 0)
+    return Action(_ANSWER[action.kind], chunk, action.microbatch)
 
 
-def forward_only(stage: int, num_stages: int, num_microbatches: int) -> Actions:
-    """Forwards without backwards, for evaluation; the same order on every stage."""
-    return tuple(_action(Kind.F, i) for i in range(num_microbatches))
-
-
-_ORDERS: dict[ScheduleName, Callable[[int, int, int], Actions]] = {
-    "1f1b": one_f_one_b,
-    "gpipe": gpipe,
-    "forward": forward_only,
-}
-
-
-def _action(kind: Kind, microbatch: int) -> Action:
-    return Action(kind, 0, microbatch)
-
-
-def _reduce(num_microbatches: int) -> Actions:
-    return (_action(Kind.REDUCE, num_microbatches - 1),)
-
-
-def with_communication(order: Iterable[Action], stage: int, num_stages: int) -> Actions:
-    """The order with receives right before, and sends right after, the F or B that they belong to."""
-    first, last = stage == 0, stage == num_stages - 1
-    out: list[Action] = []
-    for action in order:
-        if action.kind is Kind.F:
-            receive, send, has_source, has_target = Kind.RECV_F, Kind.SEND_F, not first, not last
-        elif action.kind is Kind.B:
-            receive, send, has_source, has_target = Kind.RECV_B, Kind.SEND_B, not last, not first
-        else:
-            out.append(action)
-            continue
-        out += [action._replace(kind=receive)] if has_source else []
-        out.append(action)
-        out += [action._replace(kind=send)] if has_target else []
-    return tuple(out)
-
-
-def build(schedule_name: ScheduleName, num_stages: int, num_microbatches: int) -> tuple[Actions, ...]:
-    """The actions of every stage, messages included."""
-    order = _ORDERS[schedule_name]
-    return tuple(
-        with_communication(order(stage, num_stages, num_microbatches), stage, num_stages) for stage in range(num_stages)
-    )
+def messages(action: Action, stage: int, num_stages: int, num_chunks: int) -> tuple[Action | None, Action | None]:
+    """The receive that an action needs and the send that it makes possible; none at the ends of the model."""
+    kind, chunk, microbatch = action
+    first = stage == 0 and chunk == 0
+    last = stage == num_stages - 1 and chunk == num_chunks - 1
+    if kind is Kind.F:
+        receive = None if first else Action(Kind.RECV_F, chunk, microbatch)
+        send = None if last else Action(Kind.SEND_F, chunk, microbatch)
+    elif kind in (Kind.B, Kind.I):
+        receive = None if last else Action(Kind.RECV_B, chunk, microbatch)
+        send = None if first else Action(Kind.SEND_B, chunk, microbatch)
+    else:
+        receive = send = None
+    return receive, send
 
 
 def runs(actions: Iterable[Action]) -> Iterator[Actions]:
@@ -141,11 +115,6 @@ def runs(actions: Iterable[Action]) -> Iterator[Actions]:
         yield tuple(pending)
 
 
-def peer(action: Action, stage: int) -> int:
-    """The stage at the other end of a message."""
-    return stage + 1 if action.kind in (Kind.SEND_F, Kind.RECV_B) else stage - 1
-
-
 class Span(NamedTuple):
     """When a stage computed an action."""
 
@@ -154,199 +123,148 @@ class Span(NamedTuple):
     end: float
 
 
-@dataclass(frozen=True)
-class Report:
-    """What a simulated step costs.
+def timeline(orders: Sequence[Iterable[Action]], num_chunks: int, duration: Mapping[Kind, float]) -> list[list[Span]]:
+    """When every stage computes what if it never rests while its next action has its input; messages take no time.
 
-    idle: share of the makespan in which a stage computes nothing.
-    peak_live: most micro-batches whose F ran and whose B did not yet.
+    Raises: ScheduleError if every stage waits
     """
+    todo = [[action for action in order if action.kind in duration] for order in orders]
+    done: list[list[Span]] = [[] for _ in orders]
+    arrival: dict[tuple[int, Action], float] = {}
+    moved = True
+    while moved:
+        moved = False
+        for stage, (order, spans) in enumerate(zip(todo, done, strict=True)):
+            while len(spans) < len(order):
+                action = order[len(spans)]
+                receive, send = messages(action, stage, len(orders), num_chunks)
+                if receive and (stage, receive) not in arrival:
+                    break
+                start = max(spans[-1].end if spans else 0, arrival[stage, receive] if receive else 0)
+                spans.append(Span(action, start, start + duration[action.kind]))
+                if send:
+                    arrival[peer(send, stage, len(orders)), answer(send, stage, len(orders))] = spans[-1].end
+                moved = True
+    stuck = [f"stage {s} before {todo[s][len(done[s])]}" for s in range(len(orders)) if len(done[s]) < len(todo[s])]
+    if stuck:
+        raise ScheduleError("inputs that never come: " + ", ".join(stuck))
+    return done
 
-    makespan: float
-    idle: tuple[float, ...]
-    peak_live: tuple[int, ...]
-    spans: tuple[tuple[Span, ...], ...]
 
-    @property
-    def bubble(self) -> float:
-        """Time lost over the busiest stage's own work: (p - 1) / m for 1F1B and GPipe."""
-        return 1 / (1 - min(self.idle)) - 1
+def _one_f_one_b(stage: int, num_stages: int, num_chunks: int, num_microbatches: int) -> Actions:
+    """A backward as soon as one can run: stage s keeps at most `num_stages - s` micro-batches live.
 
-
-def check(
-    all_stages: Sequence[Sequence[Action]],
-    forward_time: float = 1.0,
-    backward_time: float = 2.0,
-    backward: bool = True,
-) -> Report:
-    """Simulate all stages and tell what the step costs; `backward=False` for an evaluation pass.
-
-    Raises: ScheduleError for a missing, doubled or misplaced action, messages that do not pair up, a deadlock
+    Source: Narayanan et al. 2021, arXiv:2104.04473, sec. 2.2 (the non-interleaved schedule)
     """
-    microbatches = 1 + max((a.microbatch for actions in all_stages for a in actions), default=-1)
-    for stage, actions in enumerate(all_stages):
-        _check_stage(actions, stage, len(all_stages), microbatches, backward)
-    # A message library may or may not buffer a send. Without buffers is the hard case for deadlocks, with buffers the
-    # right one for times, since no stage computes later because nobody has collected its message yet.
-    _Simulation(all_stages, forward_time, backward_time, buffered=False).run()
-    spans = _Simulation(all_stages, forward_time, backward_time, buffered=True).run()
-    makespan = max(stage_spans[-1].end for stage_spans in spans)
-    busy = (sum(span.end - span.start for span in stage_spans) for stage_spans in spans)
-    return Report(makespan, tuple(1 - b / makespan for b in busy), tuple(map(_peak_live, all_stages)), spans)
+    forwards, backwards = _all(Kind.F, num_microbatches), _all(Kind.B, num_microbatches)
+    return _alternate(forwards, backwards, warmup=num_stages - 1 - stage)
 
 
-def _check_stage(actions: Sequence[Action], stage: int, num_stages: int, microbatches: int, backward: bool) -> None:
-    """Every micro-batch of every chunk once, messages where the stage has a neighbour, each in a possible order."""
-    chunks = 1 + max((a.chunk for a in actions), default=0)
-    expected: list[Action] = []
-    for chunk in range(chunks):
-        for i in range(microbatches):
-            one = [Action(Kind.F, chunk, i)] + ([Action(Kind.B, chunk, i)] if backward else [])
-            expected += with_communication(one, stage, num_stages)
-    found = Counter(a for a in actions if a.kind is not Kind.REDUCE)
-    for action in expected:
-        if found[action] != 1:
-            raise ScheduleError(f"stage {stage}: {action} occurs {found[action]} times, expected once")
-    extra = set(found) - set(expected)
-    if extra:
-        raise ScheduleError(f"stage {stage}: {min(extra)} has no place there")
-    position = {action: at for at, action in enumerate(actions)}
-    for before, after in pairwise(expected):
-        if (before.chunk, before.microbatch) == (after.chunk, after.microbatch) and position[before] > position[after]:
-            raise ScheduleError(f"stage {stage}: {after} stands before {before}")
-    for chunk in range(chunks if backward else 0):
-        _check_reduce(actions, stage, chunk)
+def _gpipe(stage: int, num_stages: int, num_chunks: int, num_microbatches: int) -> Actions:
+    """All forwards, then all backwards: every micro-batch is live at the turn.
+
+    Source: Huang et al. 2019, arXiv:1811.06965
+    """
+    return _all(Kind.F, num_microbatches) + _all(Kind.B, num_microbatches)
 
 
-def _check_reduce(actions: Sequence[Action], stage: int, chunk: int) -> None:
-    at = [i for i, a in enumerate(actions) if a.kind is Kind.REDUCE and a.chunk == chunk]
-    if len(at) != 1:
-        raise ScheduleError(f"stage {stage}: chunk {chunk} is reduced {len(at)} times, expected once")
-    last = max(i for i, a in enumerate(actions) if a.kind is Kind.B and a.chunk == chunk)
-    if at[0] < last:
-        raise ScheduleError(f"stage {stage}: {actions[at[0]]} stands before {actions[last]}")
-    if actions[at[0]].microbatch != actions[last].microbatch:
-        raise ScheduleError(f"stage {stage}: REDUCE bears micro-batch {actions[at[0]].microbatch}, not {actions[last]}")
+def _interleaved(stage: int, num_stages: int, num_chunks: int, num_microbatches: int) -> Actions:
+    """1F1B over chunks: `num_stages` micro-batches through one chunk, then the same ones through the next.
+
+    Raises: ScheduleError if num_microbatches % num_stages != 0
+    Source: Narayanan et al. 2021, arXiv:2104.04473, sec. 2.3
+    """
+    if num_microbatches % num_stages:
+        raise ScheduleError(f"{num_microbatches} micro-batches are no multiple of {num_stages} stages")
+    forwards, backwards = [], []
+    for k in range(num_microbatches * num_chunks):
+        chunk = k // num_stages % num_chunks
+        microbatch = k // (num_stages * num_chunks) * num_stages + k % num_stages
+        forwards.append(Action(Kind.F, chunk, microbatch))
+        backwards.append(Action(Kind.B, num_chunks - 1 - chunk, microbatch))
+    warmup = 2 * (num_stages - 1 - stage) + (num_chunks - 1) * num_stages
+    return _alternate(tuple(forwards), tuple(backwards), warmup)
 
 
-def _peak_live(actions: Sequence[Action]) -> int:
-    live = peak = 0
-    for action in actions:
-        live += (action.kind is Kind.F) - (action.kind is Kind.B)
-        peak = max(peak, live)
-    return peak
+def _zbh1(stage: int, num_stages: int, num_chunks: int, num_microbatches: int) -> Actions:
+    """1F1B with split backwards, whose weight halves run `stage` micro-batches later and fill the idle time at the end.
+
+    Live are `num_stages` micro-batches on every stage, as many as on the first stage of 1F1B. Source: Qi et al. 2023,
+    arXiv:2401.10241, sec. 2.1 (ZB-H1)
+    """
+    inputs, weights = _all(Kind.I, num_microbatches), _all(Kind.W, num_microbatches)
+    order = []
+    for action in _alternate(_all(Kind.F, num_microbatches), inputs, warmup=num_stages - 1 - stage):
+        order.append(action)
+        if action.kind is Kind.I and action.microbatch >= stage:
+            order.append(weights[action.microbatch - stage])
+    return tuple(order) + weights[max(0, num_microbatches - stage) :]
 
 
-class _Post(NamedTuple):
-    action: Action
-    time: float
+def _forward_only(stage: int, num_stages: int, num_chunks: int, num_microbatches: int) -> Actions:
+    """Forwards for evaluation, by rounds of at least `num_stages` micro-batches so that no stage waits for the last."""
+    rounds = max(1, num_microbatches // num_stages)
+    edges = [number * num_microbatches // rounds for number in range(rounds + 1)]
+    return tuple(
+        Action(Kind.F, chunk, microbatch)
+        for begin, end in pairwise(edges)
+        for chunk in range(num_chunks)
+        for microbatch in range(begin, end)
+    )
 
 
-@dataclass
-class _Stage:
-    """One simulated stage: the steps it still has to do and its own clock."""
-
-    steps: list[Actions]
-    at: int = 0
-    clock: float = 0.0
-    posted: list[tuple[tuple[int, int], Kind, int]] | None = None
-    spans: list[Span] = field(default_factory=list)
+def _all(kind: Kind, num_microbatches: int) -> Actions:
+    return tuple(Action(kind, 0, microbatch) for microbatch in range(num_microbatches))
 
 
-class _Simulation:
-    """All stages side by side. The n-th send from one stage to another meets the n-th receive there, as in NCCL."""
-
-    def __init__(
-        self, all_stages: Sequence[Sequence[Action]], forward_time: float, backward_time: float, buffered: bool
-    ):
-        self.stages = [_Stage(list(runs(actions))) for actions in all_stages]
-        self.duration = {Kind.F: forward_time, Kind.B: backward_time}
-        self.buffered = buffered
-        self.sends: dict[tuple[int, int], list[_Post]] = {}
-        self.receives: dict[tuple[int, int], list[_Post]] = {}
-
-    def run(self) -> tuple[tuple[Span, ...], ...]:
-        moved = True
-        while moved:
-            moved = False
-            for number, stage in enumerate(self.stages):
-                while stage.at < len(stage.steps) and self._step(number, stage):
-                    stage.at, moved = stage.at + 1, True
-        waiting = [
-            f"stage {n} waits in [{' '.join(map(str, s.steps[s.at]))}]"
-            for n, s in enumerate(self.stages)
-            if s.at < len(s.steps)
-        ]
-        if waiting:
-            raise ScheduleError("deadlock: " + ", ".join(waiting))
-        return tuple(tuple(stage.spans) for stage in self.stages)
-
-    def _step(self, number: int, stage: _Stage) -> bool:
-        """Do the stage's next step if it can be done by now."""
-        step = stage.steps[stage.at]
-        if step[0].kind in COMMUNICATION:
-            return self._communicate(number, stage, step)
-        if step[0].kind in self.duration:
-            start, stage.clock = stage.clock, stage.clock + self.duration[step[0].kind]
-            stage.spans.append(Span(step[0], start, stage.clock))
-        return True
-
-    def _communicate(self, number: int, stage: _Stage, step: Actions) -> bool:
-        if stage.posted is None:
-            stage.posted = [self._post(number, action, stage.clock) for action in step]
-        end = stage.clock
-        for channel, kind, index in stage.posted:
-            if self.buffered and kind in _SENDS:
-                continue
-            others = (self.receives if kind in _SENDS else self.sends).get(channel, [])
-            if index >= len(others):
-                return False
-            end = max(end, others[index].time)
-        stage.clock, stage.posted = end, None
-        return True
-
-    def _post(self, number: int, action: Action, time: float) -> tuple[tuple[int, int], Kind, int]:
-        sending = action.kind in _SENDS
-        channel = (number, peer(action, number)) if sending else (peer(action, number), number)
-        mine, theirs = (self.sends, self.receives) if sending else (self.receives, self.sends)
-        posts = mine.setdefault(channel, [])
-        index = len(posts)
-        posts.append(_Post(action, time))
-        others = theirs.get(channel, [])
-        if index < len(others) and others[index].action != action._replace(kind=_OTHER_END[action.kind]):
-            raise ScheduleError(
-                f"stage {number}: {action} meets {others[index].action} of stage {peer(action, number)}"
-            )
-        return channel, action.kind, index
+def _alternate(forwards: Actions, backwards: Actions, warmup: int) -> Actions:
+    """`warmup` forwards, then a forward and a backward in turn, then the backwards that are left."""
+    warmup = min(warmup, len(forwards))
+    order = list(forwards[:warmup])
+    for pair in zip(forwards[warmup:], backwards, strict=False):
+        order += pair
+    return (*order, *backwards[len(forwards) - warmup :])
 
 
-def draw(
-    all_stages: Sequence[Sequence[Action]],
-    forward_time: float = 1.0,
-    backward_time: float = 2.0,
-    backward: bool = True,
-    width: int = 110,
-) -> str:
-    """A chart of the step in text, a row per stage and time to the right; a long step loses its middle."""
-    report = check(all_stages, forward_time, backward_time, backward)
-    cell = 1 + max(len(str(span.action)) for spans in report.spans for span in spans)
-    scale = cell / (min(forward_time, backward_time) if backward else forward_time)
-    label = len(f"stage {len(all_stages) - 1}")
-    rows = []
-    for stage, spans in enumerate(report.spans):
-        cells = ["."] * round(report.makespan * scale)
-        for action, start, end in spans:
-            left, right = round(start * scale), round(end * scale)
-            cells[left:right] = f"{action!s:-<{right - left - 1}} "
-        rows.append(f"{f'stage {stage}':<{label}} |" + _elide("".join(cells), width - label - 2, cell).rstrip())
-    live = " ".join(map(str, report.peak_live))
-    summary = f"bubble {report.bubble:.0%} of the busiest stage's work; live micro-batches by stage: {live}"
-    return "\n".join([*rows, *textwrap.wrap(summary, width)])
+_ORDERS: Mapping[ScheduleName, Callable[[int, int, int, int], Actions]] = {
+    "1f1b": _one_f_one_b,
+    "gpipe": _gpipe,
+    "interleaved": _interleaved,
+    "zbh1": _zbh1,
+    "forward": _forward_only,
+}
+_TIMES = {Kind.F: 1, Kind.B: 2, Kind.I: 1, Kind.W: 1}
+_MESSAGE, _REDUCTION, _COMPUTE = range(3)
+"""Of what belongs to one moment: nobody should wait for a message because of a reduction or of the next work."""
 
 
-def _elide(cells: str, room: int, cell: int) -> str:
-    """Both ends of a row that is too long, cut where a label may begin."""
-    if len(cells) <= room:
-        return cells
-    side = (room - 4) // 2 // cell * cell
-    return cells[:side] + " // " + cells[len(cells) - side :]
+@lru_cache
+def build(name: ScheduleName, num_stages: int, num_chunks: int, num_microbatches: int) -> tuple[Actions, ...]:
+    """The actions of every stage, messages included.
+
+    Raises: ScheduleError for several chunks where the schedule or a single stage cannot have them
+    """
+    if num_chunks > 1 and (name not in ("interleaved", "forward") or num_stages == 1):
+        raise ScheduleError(f"{name} on {num_stages} stages cannot have {num_chunks} chunks per stage")
+    orders = [_ORDERS[name](stage, num_stages, num_chunks, num_microbatches) for stage in range(num_stages)]
+    return with_messages(orders, num_chunks)
+
+
+def with_messages(orders: Sequence[Actions], num_chunks: int) -> tuple[Actions, ...]:
+    """Orders with their messages and reductions; see Note [Where messages stand]."""
+    placed: list[list[tuple[float, int, int, Action]]] = [[] for _ in orders]
+    number = 0
+    for stage, spans in enumerate(timeline(orders, num_chunks, _TIMES)):
+        completes = {span.action.chunk: span.action for span in spans if span.action.kind in (Kind.B, Kind.W)}
+        next_starts = [span.start for span in spans[1:]] + [math.inf]
+        for (action, start, end), next_start in zip(spans, next_starts, strict=True):
+            number += 1
+            placed[stage].append((start, _COMPUTE, number, action))
+            _, send = messages(action, stage, len(orders), num_chunks)
+            if send:
+                other = peer(send, stage, len(orders))
+                placed[stage].append((end, _MESSAGE, number, send))
+                placed[other].append((end, _MESSAGE, number, answer(send, stage, len(orders))))
+            if action is completes.get(action.chunk):
+                placed[stage].append((next_start, _REDUCTION, number, action._replace(kind=Kind.REDUCE)))
+    return tuple(tuple(action for *_, action in sorted(entries, key=itemgetter(0, 1, 2))) for entries in placed)

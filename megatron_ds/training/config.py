@@ -21,6 +21,15 @@ class TrainingConfig:
     )
     train_iters: int | None = arg(None, "Iterations to train; or give --train-samples.")
     train_samples: int | None = arg(None, "Samples to train on; or give --train-iters.")
+    rampup_batch_size: tuple[int, ...] = arg(
+        (), "Start the global batch at START and raise it by INCREMENT, evenly, over the first SAMPLES samples."
+    )
+    step_batch_size_schedule: str | None = arg(
+        None, "Global batches by consumed tokens, such as '0:768 250B:1536'; instead of --global-batch-size."
+    )
+    decrease_batch_size_if_needed: bool = arg(
+        False, "Round a batch that does not come out even down to whole micro-batches on all data-parallel ranks."
+    )
     exit_interval: int | None = arg(None, "Save and leave when the iteration is a multiple of this.")
     exit_duration_in_mins: float | None = arg(None, "Save and leave after this many minutes.")
     eval_interval: int = arg(1000, "Iterations between validations.")
@@ -30,6 +39,12 @@ class TrainingConfig:
     manual_gc: bool = arg(False, "Collect Python's garbage only when told, so that all ranks pause together.")
     manual_gc_interval: int = arg(0, "Iterations between collections with --manual-gc; 0 collects at validations only.")
     dry_run: bool = arg(False, "Print what every rank would hold and do, then leave.")
+    verify_parallel: bool = arg(
+        False, "Train a shrunk copy of the model in this layout and on one process, compare every gradient, then leave."
+    )
+    report_costs: bool = arg(
+        False, "Print predicted and measured bytes, memory and idle time of every rank at the end of the run."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

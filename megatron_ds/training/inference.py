@@ -14,7 +14,6 @@ from megatron_ds.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_ds.errors import ConfigError, DataError
 from megatron_ds.model.embedding import Vocab
 from megatron_ds.model.gpt import GPTModel, Stage
-from megatron_ds.parallel.context import Axis
 from megatron_ds.training.resume import stored_model
 
 
@@ -37,12 +36,11 @@ def load_trained(directory: str, step: int | None = None, device: str = "cpu") -
     config = stored_model(found.index)
     assert config.num_layers
     vocab = Vocab(state["vocab_size"], state["vocab_size"])
-    dtype = torch.bfloat16 if state["bf16"] else torch.float32
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(state["dtype"], torch.float32)
     model = GPTModel(
         config,
         vocab,
         Stage(0, config.num_layers, True, True),
-        tp=Axis.solo("tp"),
         max_positions=state["max_positions"],
         device=device,
         dtype=dtype,

@@ -54,7 +54,7 @@ class Loop:
         stopped = self._agreed_to_stop()
         batches = self.train_batches(self.progress)
         while self.progress.iteration < plan.train_iters and not stopped:
-            begun = time.perf_counter()
+            begun, samples = time.perf_counter(), plan.global_batch_at(self.progress.consumed_samples)
             result = train_step(
                 self.engine,
                 self.schedule,
@@ -64,8 +64,8 @@ class Loop:
                 stop=self.stop(),
                 out_of_time=self._out_of_time(),
             )
-            self.progress = self.progress.after_step(plan.global_batch_size, result.skipped)
-            self._log(result, time.perf_counter() - begun)
+            self.progress = self.progress.after_step(samples, result.skipped, result.next_loss_scale)
+            self._log(result, samples, time.perf_counter() - begun)
             stopped = result.stop
             if self._every(training.eval_interval) and self.valid_batches:
                 stopped = stopped or self._validate()
@@ -112,9 +112,9 @@ class Loop:
             gc.collect()
         return stopped
 
-    def _log(self, result: StepResult, elapsed_s: float) -> None:
+    def _log(self, result: StepResult, samples: int, elapsed_s: float) -> None:
         plan, position = self.engine.run.plan, self._position()
-        tokens_per_s = plan.tokens_per_batch / elapsed_s
+        tokens_per_s = samples * plan.seq_length / elapsed_s
         self.metrics.step(
             StepRecord(
                 iteration=position.iteration,
@@ -123,8 +123,8 @@ class Loop:
                 losses={"lm loss": result.loss},
                 grad_norm=result.grad_norm,
                 learning_rate=result.learning_rate,
-                loss_scale=1.0,
-                global_batch_size=plan.global_batch_size,
+                loss_scale=result.loss_scale,
+                global_batch_size=samples,
                 skipped=result.skipped,
                 nan=not math.isfinite(result.loss),
                 elapsed_s=elapsed_s,

@@ -76,7 +76,8 @@ def _main(recipe: Recipe, defaults: Mapping[str, Any], argv: Sequence[str], stop
     agree_on_checkpoint(checkpoint, run.parallel.world)
     engine = build_engine(run, recipe)
     # A checkpoint that does not fit is found before index files are written; initial values can wait for the data.
-    progress = Progress() if checkpoint is None else load_checkpoint(engine, checkpoint)
+    fresh = Progress(loss_scale=engine.loss_scaling.start())
+    progress = fresh if checkpoint is None else load_checkpoint(engine, checkpoint)
     run = engine.run = dataclasses.replace(
         run, plan=continue_from(plan, config.training, progress.iteration, progress.consumed_samples)
     )
@@ -175,7 +176,7 @@ def _dry_run(recipe: Recipe, config: Config) -> int:
     vocab_size, note = planned_vocab_size(config.tokenizer, "GPT2BPETokenizer")
     plan = make_plan(config, world_size, vocab_size)
     device = torch.device("cpu")
-    run = Run(config, plan, ParallelContext.solo(), Kernels(), device, None, DropoutStreams(0, 0))
+    run = Run(config, plan, ParallelContext.solo(), Kernels(), device, None, DropoutStreams(0))
     log.info(dry_run.report(run, recipe, note))
     return 0
 
@@ -221,7 +222,7 @@ def _device(config: Config) -> torch.device:
 def _join(config: Config, plan: Plan, tokenizer: Tokenizer | None, device: torch.device) -> Run:
     parallel = context.start(config.parallel, plan.sizes, device)
     _say_time("after megatron is initialized")
-    streams = DropoutStreams(config.training.seed, parallel.tp.rank, device_type=device.type)
+    streams = DropoutStreams(config.training.seed, device_type=device.type)
     return Run(config, plan, parallel, Kernels(), device, tokenizer, streams)
 
 
@@ -245,7 +246,7 @@ def _announce(config: Config, plan: Plan) -> None:
 def _say_size(engine: Engine) -> None:
     """Comm: gathers one line per rank over the world."""
     parallel = engine.run.parallel
-    count = sum(parameter.numel() for parameter in engine.model.parameters())
+    count = sum(parameter.numel() for chunk in engine.chunks for parameter in chunk.parameters())
     where = f"({parallel.tp.rank}, {parallel.pp.rank})"
     line = f" > number of parameters on (tensor, pipeline) model parallel rank {where}: {count}"
     for row in gather_bytes(line.encode() if parallel.dp.is_first else b"", parallel.world):

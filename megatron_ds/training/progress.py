@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_ds.optim.loss_scale import LossScale
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -19,11 +21,13 @@ class Progress:
     consumed_samples: int = 0
     consumed_valid_samples: int = 0
     optimizer_steps: int = 0
+    loss_scale: LossScale = LossScale()
 
-    def after_step(self, samples: int, skipped: bool) -> Progress:
+    def after_step(self, samples: int, skipped: bool, loss_scale: LossScale) -> Progress:
         """One iteration later."""
         return dataclasses.replace(
             self,
+            loss_scale=loss_scale,
             iteration=self.iteration + 1,
             consumed_samples=self.consumed_samples + samples,
             optimizer_steps=self.optimizer_steps + (not skipped),
@@ -39,8 +43,8 @@ class Progress:
 
         Raises: ValueError, KeyError for what no run can have written
         """
-        values = {field.name: state[field.name] for field in dataclasses.fields(cls)}
-        for name, value in values.items():
+        counts = {field.name: state[field.name] for field in dataclasses.fields(cls) if field.type == "int"}
+        for name, value in counts.items():
             if type(value) is not int or value < 0:
                 raise ValueError(f"{name} {value!r}")
-        return cls(**values)
+        return cls(**counts, loss_scale=LossScale.from_state(state["loss_scale"]))

@@ -16,6 +16,7 @@ from megatron_ds.checkpoint.save import save
 from megatron_ds.config import Config
 from megatron_ds.errors import CheckpointError, ConfigError
 from megatron_ds.model.config import TransformerConfig
+from megatron_ds.optim.loss_scale import LossScale
 from megatron_ds.parallel.collectives import barrier, gather_bytes
 from megatron_ds.parallel.context import Axis
 from megatron_ds.training.engine import Engine
@@ -60,6 +61,7 @@ def save_checkpoint(engine: Engine, progress: Progress) -> None:
     """Save everything that a run on any layout needs to go on."""
     options, world = engine.run.config.checkpoint, engine.run.parallel.world
     assert options.save
+    engine.buckets.wait_params()
     begun = time.perf_counter()
     log.info(f"saving checkpoint at iteration {progress.iteration:7d} to {options.save}")
     save(
@@ -88,7 +90,8 @@ def load_checkpoint(engine: Engine, index: Index) -> Progress:
     else:
         optimizer.masters_from_params()
         progress = Progress() if options.finetune else _read_state(index, "progress", Progress.from_state)
-        progress = dataclasses.replace(progress, optimizer_steps=0)
+        progress = dataclasses.replace(progress, optimizer_steps=0, loss_scale=LossScale())
+    progress = dataclasses.replace(progress, loss_scale=engine.loss_scaling.resume(progress.loss_scale))
     barrier(engine.run.parallel.world)
     log.info(f"  successfully loaded checkpoint from {options.load} at iteration {index.iteration}")
     return progress
@@ -166,5 +169,5 @@ def _state(run: Run, progress: Progress) -> dict[str, Any]:
         "seq_length": run.plan.seq_length,
         "model": dataclasses.asdict(run.config.model),
         "tokenizer": dataclasses.asdict(run.config.tokenizer),
-        "bf16": run.config.precision.bf16,
+        "dtype": str(run.dtype).removeprefix("torch."),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -12,7 +12,8 @@ from megatron_ds.config import Config
 from megatron_ds.data.tokenizer import Tokenizer
 from megatron_ds.kernels.table import Kernels
 from megatron_ds.model.gpt import GPTModel, Stage
-from megatron_ds.parallel.context import ParallelContext
+from megatron_ds.model.runtime import Runtime, WeightGrads
+from megatron_ds.parallel.context import ParallelContext, Sharding
 from megatron_ds.parallel.rng import DropoutStreams
 from megatron_ds.pipeline.executor import ForwardStep, Loss
 from megatron_ds.plan import Plan, SampleCounts
@@ -32,11 +33,37 @@ class Run:
     tokenizer: Tokenizer | None
     """None while only planning (--dry-run), and with --mock-data unless one is asked for."""
     streams: DropoutStreams
+    weight_grads: WeightGrads = field(default_factory=WeightGrads)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision of parameters and activations."""
-        return torch.bfloat16 if self.config.precision.bf16 else torch.float32
+        """Precision of parameters and of what layers compute."""
+        precision = self.config.precision
+        return torch.bfloat16 if precision.bf16 else torch.float16 if precision.fp16 else torch.float32
+
+    @property
+    def residual_dtype(self) -> torch.dtype:
+        """Precision of the residual stream, which is what stages send each other."""
+        return torch.float32 if self.config.precision.fp32_residual_connection else self.dtype
+
+    @property
+    def sharding(self) -> Sharding:
+        """How the tensors inside a layer are shared."""
+        parallel, asked = self.parallel, self.config.parallel
+        return Sharding(
+            parallel.tp,
+            parallel.cp,
+            sequence_parallel=asked.sequence_parallel and parallel.tp.size > 1,
+            ulysses=asked.ds_sequence_parallel_size > 1,
+        )
+
+    @property
+    def runtime(self) -> Runtime:
+        """What a model needs besides its shape."""
+        fp32_residual = self.residual_dtype != self.dtype
+        return Runtime(
+            self.sharding, self.kernels, self.streams, self.config.recompute, self.weight_grads, fp32_residual
+        )
 
     @property
     def factory(self) -> dict[str, Any]:

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from megatron_ds.optim.loss_scale import LossScale
 from megatron_ds.optim.lr import LRSchedule
 from megatron_ds.parallel.collectives import all_reduce
+from megatron_ds.parallel.sequence import context_positions
 from megatron_ds.pipeline.executor import Microbatch
 from megatron_ds.timers import Timers
 from megatron_ds.training.engine import Engine
@@ -28,6 +30,8 @@ class StepResult:
     loss: float
     grad_norm: float
     learning_rate: float
+    loss_scale: float
+    next_loss_scale: LossScale
     skipped: bool
     stop: bool
     out_of_time: bool
@@ -62,10 +66,13 @@ def train_step(
     """
     run, stage = engine.run, engine.run.parallel.pp.rank
     engine.buckets.zero()
+    engine.executor.loss_scale = engine.normaliser * progress.loss_scale.scale
+    count = run.plan.num_microbatches_at(progress.consumed_samples)
     with timers("batch-generator", 2):
-        microbatches = take(batches, run, progress.consumed_samples)
+        microbatches = take(batches, run, progress.consumed_samples, count)
     with timers("forward-backward", 1):
-        sums = engine.executor.run(run.plan.actions[stage], microbatches, timers)
+        sums = engine.executor.run(run.plan.actions(count)[stage], microbatches, timers)
+        engine.buckets.sum_partials()
     with timers("optimizer", 1):
         totals = _sum_over_world(engine, sums, stop, out_of_time)
         # The backward ran with a fixed scale; only now is it known over how many target tokens the loss is a mean.
@@ -78,6 +85,8 @@ def train_step(
         loss=totals.loss / totals.targets if totals.targets else math.nan,
         grad_norm=norm,
         learning_rate=schedule.lr_at(progress.consumed_samples),
+        loss_scale=progress.loss_scale.scale,
+        next_loss_scale=engine.loss_scaling.update(progress.loss_scale, overflow=not math.isfinite(norm)),
         skipped=not math.isfinite(norm),
         stop=totals.stops > 0,
         out_of_time=totals.out_of_time > 0,
@@ -113,11 +122,14 @@ def _params_norm(engine: Engine) -> float:
     return math.sqrt(all_reduce(engine.optimizer.params_squared_norm(), engine.run.parallel.world).item())
 
 
-def take(batches: Iterator[Any], run: Run, consumed_samples: int) -> list[Microbatch]:
-    """This rank's micro-batches of the next global batch, with their global row numbers."""
-    dp, size = run.parallel.dp, run.plan.micro_batch_size
-    rows = [consumed_samples + (i * dp.size + dp.rank) * size for i in range(run.plan.num_microbatches)]
-    return [Microbatch(next(batches).to(run.device), row) for row in rows]
+def take(batches: Iterator[Any], run: Run, consumed_samples: int, count: int) -> list[Microbatch]:
+    """This rank's micro-batches of the next global batch, its part of each sequence, with their global row numbers."""
+    dp, cp, size = run.parallel.dp, run.parallel.cp, run.plan.micro_batch_size
+    rows = [consumed_samples + (i * dp.size + dp.rank) * size for i in range(count)]
+    if cp.size == 1:
+        return [Microbatch(next(batches).to(run.device), row) for row in rows]
+    here = context_positions(run.plan.seq_length, cp.size, cp.rank, run.sharding.ulysses)
+    return [Microbatch(next(batches).at(here).to(run.device), row) for row in rows]
 
 
 def evaluate(engine: Engine, batches: Iterator[Any], iterations: int, stop: Callable[[], bool]) -> tuple[float, bool]:
@@ -127,17 +139,18 @@ def evaluate(engine: Engine, batches: Iterator[Any], iterations: int, stop: Call
     """
     run = engine.run
     plan, parallel = run.plan, run.parallel
-    engine.model.eval()
+    engine.train(False)
     stopped = False
     total = torch.zeros(2, dtype=torch.float64, device=run.device)
     for _ in range(iterations):
-        sums = engine.executor.run(plan.eval_actions[parallel.pp.rank], take(batches, run, 0), Timers())
+        microbatches = take(batches, run, 0, plan.num_microbatches)
+        sums = engine.executor.run(plan.eval_actions[parallel.pp.rank], microbatches, Timers())
         share = sums if parallel.tp.is_first else torch.zeros_like(sums)
         summed = all_reduce(torch.cat((share, sums.new_tensor([float(stop())]))), parallel.world)
         total += summed[:2]
         stopped = bool(summed[2] > 0)
         if stopped:
             break
-    engine.model.train()
+    engine.train(True)
     loss_sum, targets = total.tolist()
     return (loss_sum / targets if targets else math.nan), stopped

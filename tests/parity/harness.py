@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -29,18 +29,26 @@ RECIPE = Recipe(pretrain_gpt.train_valid_test_datasets_provider, pretrain_gpt.mo
 VOCAB = 131
 """No multiple of anything: every layout pads it, and with tp=4 the last ranks hold nothing but padding."""
 
+SEQ, SAMPLES = 32, 8
+"""Length of a sequence; sequences of a global batch."""
 
 MICRO = 2
-"""Samples of a micro-batch."""
+"""Samples of a micro-batch, unless a layout asks for something else."""
+
+Mask = Literal["full", "holes", "uneven"]
+Placed = tuple[str, tuple[int, ...], tuple[slice, ...], torch.Tensor]
+"""Name and shape of a global tensor, a place in it, and the values there."""
 
 
 @dataclass
 class Share:
-    """What one rank of a run saw: the same losses and norms on every rank, its own pieces of the last gradients."""
+    """What one rank of a run saw: the same losses and norms on every rank, its own pieces of gradients and weights."""
 
     history: list[tuple[float, float]] = field(default_factory=list)
-    gradients: list[tuple[str, tuple[int, ...], tuple[slice, ...], torch.Tensor]] = field(default_factory=list)
-    params: list[tuple[str, tuple[int, ...], tuple[slice, ...], torch.Tensor]] = field(default_factory=list)
+    gradients: list[list[Placed]] = field(default_factory=list)
+    """Of every step, after clipping."""
+    params: list[Placed] = field(default_factory=list)
+    skipped: list[bool] = field(default_factory=list)
 
 
 GPT2 = OracleConfig(num_layers=4, hidden=64, heads=8, kv_heads=8, ffn=256, vocab=VOCAB, max_positions=32)
@@ -63,31 +71,39 @@ STYLES = {"gpt2": GPT2, "llama": LLAMA}
 
 
 def arguments(model: OracleConfig, *layout: str) -> list[str]:
-    """The command line that asks for the oracle's model and optimizer."""
+    """The command line that asks for the oracle's model and optimizer; of a flag given twice the later one counts."""
     words = f"""--num-layers {model.num_layers} --hidden-size {model.hidden} --num-attention-heads {model.heads}
-        --num-key-value-heads {model.kv_heads} --ffn-hidden-size {model.ffn} --seq-length {model.max_positions}
+        --num-key-value-heads {model.kv_heads} --ffn-hidden-size {model.ffn} --seq-length {SEQ}
+        --max-position-embeddings {model.max_positions}
         --position-embedding-type {"rope" if model.positions == "rope" else "absolute"}
         --rotary-percent {model.rotary_percent}
         --normalization {"RMSNorm" if model.norm == "rmsnorm" else "LayerNorm"}
-        --hidden-dropout 0 --attention-dropout 0 --micro-batch-size {MICRO} --global-batch-size 8 --train-iters 40
-        --lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-warmup-iters 4 --weight-decay 0.1 --clip-grad 0.5
-        --adam-beta2 0.95 --reduce-bucket-size 20000 --tokenizer-type NullTokenizer --vocab-size {VOCAB - 1}
-        --mock-data --device cpu"""
+        --hidden-dropout 0 --attention-dropout 0 --micro-batch-size {MICRO} --global-batch-size {SAMPLES}
+        --train-iters 40 --lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-warmup-iters 4 --weight-decay 0.1
+        --clip-grad 0.5 --adam-beta2 0.95 --reduce-bucket-size 20000 --tokenizer-type NullTokenizer
+        --vocab-size {model.vocab - 1} --mock-data --device cpu"""
     switches = ["--swiglu"] * model.swiglu + ["--disable-bias-linear"] * (not model.bias)
     return [*words.split(), *switches, *["--untie-embeddings-and-output-weights"] * (not model.tied), *layout]
 
 
-def batches(model: OracleConfig, steps: int, ragged: bool = True) -> list[GlobalBatch]:
-    """Global batches of 8 samples; ragged: every sample has another number of target tokens."""
+def batches(model: OracleConfig, steps: int, mask: Mask = "uneven") -> list[GlobalBatch]:
+    """Global batches of random tokens.
+
+    mask: full; holes, as many in every sequence; uneven: every sample has another number of target tokens and the
+    third and fourth have none, so that there is a micro-batch without any.
+    """
     generator = torch.Generator().manual_seed(7)
     out = []
     for _ in range(steps):
-        text = torch.randint(0, model.vocab, (8, model.max_positions + 1), generator=generator)
-        mask = torch.ones(8, model.max_positions)
-        if ragged:
-            kept = torch.randint(1, model.max_positions, (8, 1), generator=generator)
-            mask = (torch.arange(model.max_positions) < kept).float()
-        out.append((text[:, :-1], text[:, 1:], mask))
+        text = torch.randint(0, model.vocab, (SAMPLES, SEQ + 1), generator=generator)
+        keep = torch.ones(SAMPLES, SEQ)
+        if mask == "uneven":
+            kept = torch.randint(1, SEQ, (SAMPLES, 1), generator=generator)
+            kept[2:4] = 0
+            keep = (torch.arange(SEQ) < kept).float()
+        elif mask == "holes":
+            keep = (torch.rand(SAMPLES, SEQ, generator=generator).argsort(1) < SEQ * 3 // 4).float()
+        out.append((text[:, :-1], text[:, 1:], keep))
     return out
 
 
@@ -95,10 +111,11 @@ def start(argv: Sequence[str]) -> Engine:
     """Join the other ranks and build this rank's engine."""
     launch.adopt_environment()
     config = parse(argv)
-    plan = make_plan(config, log.world_size(), VOCAB)
+    assert config.tokenizer.vocab_size
+    plan = make_plan(config, log.world_size(), config.tokenizer.vocab_size + 1)
     device = torch.device("cpu")
     parallel = context.start(config.parallel, plan.sizes, device)
-    streams = DropoutStreams(config.training.seed, parallel.tp.rank)
+    streams = DropoutStreams(config.training.seed)
     return build_engine(Run(config, plan, parallel, Kernels(), device, None, streams), RECIPE)
 
 
@@ -118,32 +135,43 @@ def set_weights(engine: Engine, params: dict[str, torch.Tensor]) -> None:
             engine.optimizer.set_values(name, torch.cat(mine, dim=spec.split.dim))
 
 
-def steps(engine: Engine, progress: Progress, global_batches: Sequence[GlobalBatch]) -> tuple[Progress, Share]:
+def steps(
+    engine: Engine, progress: Progress, global_batches: Sequence[GlobalBatch], keep_gradients: bool = False
+) -> tuple[Progress, Share]:
     """Train; the rows of micro-batch i on data-parallel rank r are written down here once more."""
     run, share = engine.run, Share()
     plan, training, dp = run.plan, run.config.training, run.parallel.dp
     schedule = lr_schedule(run.config.lr, run.config.optimizer, None, plan.global_batch_size, training.train_iters)
+    size = plan.micro_batch_size
     for tokens, labels, mask in global_batches:
         positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-        starts = [(i * dp.size + dp.rank) * MICRO for i in range(len(tokens) // MICRO // dp.size)]
-        micro = [GPTBatch(*(t[r : r + MICRO] for t in (tokens, labels, mask, positions))) for r in starts]
+        starts = [(i * dp.size + dp.rank) * size for i in range(len(tokens) // size // dp.size)]
+        micro = [GPTBatch(*(t[r : r + size] for t in (tokens, labels, mask, positions))) for r in starts]
         result = train_step(engine, schedule, progress, iter(micro), Timers(), stop=False, out_of_time=False)
         progress = progress.after_step(len(tokens), result.skipped)
         share.history.append((result.loss, result.grad_norm))
+        share.skipped.append(result.skipped)
+        if keep_gradients:
+            share.gradients.append(placed(engine, "grad"))
     return progress, share
+
+
+def placed(engine: Engine, what: Literal["grad", "master"]) -> list[Placed]:
+    """This rank's pieces of all gradients, or of all weights; over all ranks every element once."""
+    tp, out = engine.run.parallel.tp, []
+    for segment in engine.optimizer.segments:
+        if engine.optimizer.saves(segment.spec):
+            for piece in segment.spec.flat_pieces(getattr(segment, what), segment.start, tp.rank, tp.size):
+                out.append((piece.name, piece.global_shape, piece.box.slices(), piece.tensor.clone()))
+    return out
 
 
 def train(argv: Sequence[str], params: dict[str, torch.Tensor], global_batches: Sequence[GlobalBatch]) -> Share:
     """Run on every rank of `run_ranks`: train from the given weights."""
     engine = start(argv)
     set_weights(engine, params)
-    _, share = steps(engine, Progress(), global_batches)
-    tp = engine.run.parallel.tp
-    for segment in engine.optimizer.segments:
-        if engine.optimizer.saves(segment.spec):
-            for out, values in ((share.gradients, segment.grad), (share.params, segment.master)):
-                for piece in segment.spec.flat_pieces(values, segment.start, tp.rank, tp.size):
-                    out.append((piece.name, piece.global_shape, piece.box.slices(), piece.tensor.clone()))
+    _, share = steps(engine, Progress(), global_batches, keep_gradients=True)
+    share.params = placed(engine, "master")
     context.stop()
     return share
 
@@ -169,7 +197,7 @@ def resume(argv: Sequence[str], global_batches: Sequence[GlobalBatch]) -> Any:
     return share.history
 
 
-def assemble(pieces: Sequence[tuple[str, tuple[int, ...], tuple[slice, ...], torch.Tensor]]) -> dict[str, torch.Tensor]:
+def assemble(pieces: Sequence[Placed]) -> dict[str, torch.Tensor]:
     """Global tensors from all ranks' pieces; an element that nobody or more than one brought is NaN."""
     out: dict[str, torch.Tensor] = {}
     for name, shape, where, values in pieces:

@@ -1,0 +1,392 @@
+"""Two processes of one thread each: ours beside what a user would take instead, in the same run.
+
+    python benchmarks/parallel.py --workload W2 --dtype bf16 --rounds 3 --steps 5 --only dp,zero1,zero2,tp,sp,pp
+
+All sides of a configuration train one model from the same weights on the same global batches, with the same
+micro-batches, AdamW and clipping. Each side is a pair of processes over gloo; the pairs take turns, a few steps at a
+time, and who waits sleeps. Prints one JSON row per configuration: tokens per second (median step), tokens per second
+of processor time, peak memory of each process, `ours_over_it` (median over rounds of its time over ours: above 1 ours
+is faster), the losses of the first steps, and whether they agree. Exits with 1 if they do not, or if a side failed.
+
+DeepSpeed is optional: its rows say so where it is not installed. In an environment of its own:
+
+    python -m venv VENV && VENV/bin/pip install torch==2.13.0 && VENV/bin/pip install -e .
+    DS_BUILD_OPS=0 VENV/bin/pip install deepspeed && VENV/bin/python benchmarks/parallel.py
+
+Its first start compiles a library (g++ and ninja; minutes). Killed meanwhile it leaves ~/.cache/torch_extensions/*/
+deepspeed_shm_comm/lock behind, on which every later start waits for ever: remove it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import multiprocessing
+import os
+import resource
+import socket
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import machine
+from benchmarks.peer import BETAS, CLIP_GRAD, EPS, LEARNING_RATE, TINY, W2, WEIGHT_DECAY, Workload, random_batch
+from benchmarks.peers_common import initial_weights, micro_batches, save_initial_weights
+from benchmarks.train_step import _commit
+
+PROCESSES = 2
+WORKLOADS = {"W2": W2, "tiny": dataclasses.replace(TINY, global_=8)}
+TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
+"""Of the relative difference between two sides' losses and gradient norms in the first steps."""
+PATIENCE_SECONDS = 900
+"""With a side that does not answer; DeepSpeed's first start compiles."""
+
+OURS = {
+    "dp": "--zero-stage 0",
+    "zero1": "--zero-stage 1",
+    "zero2": "--zero-stage 2",
+    "tp": "--tensor-model-parallel-size 2",
+    "sp": "--tensor-model-parallel-size 2 --sequence-parallel",
+    "pp": "--pipeline-model-parallel-size 2",
+}
+PEERS = {
+    "dp": ("DDP",),
+    "zero1": ("DDP + ZeroRedundancyOptimizer", "DeepSpeed ZeRO-1"),
+    "zero2": ("DeepSpeed ZeRO-2", "DDP", "FSDP2"),
+    "tp": ("DTensor TP",),
+    "sp": ("DTensor TP + SP",),
+    "pp": ("torch pipelining 1F1B",),
+}
+
+
+class Task(NamedTuple):
+    """What a process is told about its job."""
+
+    side: str
+    workload: Workload
+    dtype: str
+    weights: Path
+    our_flags: str
+    rank: int
+    port: int
+
+
+class OurStep:
+    """One rank of the package's own training, built from a command line like any other."""
+
+    def __init__(self, task: Task):
+        import torch
+
+        import pretrain_gpt
+        from megatron_ds.config import parse
+        from megatron_ds.kernels.table import Kernels
+        from megatron_ds.optim.lr import lr_schedule
+        from megatron_ds.parallel import context
+        from megatron_ds.parallel.rng import DropoutStreams
+        from megatron_ds.plan import make_plan
+        from megatron_ds.training.engine import build_engine
+        from megatron_ds.training.progress import Progress
+        from megatron_ds.training.run import Recipe, Run
+
+        self.workload = task.workload
+        config = parse(_arguments(task))
+        plan = make_plan(config, PROCESSES, task.workload.vocab)
+        device = torch.device("cpu")
+        self.parallel = context.start(config.parallel, plan.sizes, device)
+        run = Run(config, plan, self.parallel, Kernels(), device, None, DropoutStreams(0, 0))
+        recipe = Recipe(
+            pretrain_gpt.train_valid_test_datasets_provider, pretrain_gpt.model_provider, pretrain_gpt.forward_step
+        )
+        self.engine = build_engine(run, recipe)
+        self._load(initial_weights(task.weights))
+        self.schedule = lr_schedule(config.lr, config.optimizer, None, plan.global_batch_size, 1000)
+        self.progress = Progress()
+        self.positions = torch.arange(task.workload.seq).expand(task.workload.micro, -1)
+        self.ones = torch.ones(task.workload.micro, task.workload.seq)
+
+    def _load(self, weights: dict[str, Any]) -> None:
+        """Our parameters under the peers' names, each cut as its row of the parameter table says."""
+        tp = self.parallel.tp
+        for name, spec in self.engine.table.items():
+            values = weights[_peer_name(name)].new_zeros(spec.local_shape(tp.size))
+            for region in spec.regions(tp.rank, tp.size):
+                values[region.local.slices()] = weights[_peer_name(name)][region.globe.slices()]
+            self.engine.optimizer.set_values(name, values)
+
+    def step(self, batch: tuple[Any, Any]) -> float:
+        """One step on a global batch."""
+        from megatron_ds.data.loader import GPTBatch
+        from megatron_ds.timers import Timers
+        from megatron_ds.training.step import train_step
+
+        dp = self.parallel.dp
+        parts = micro_batches(batch, self.workload, dp.rank, dp.size)
+        batches = (GPTBatch(tokens, labels, self.ones, self.positions) for tokens, labels in parts)
+        result = train_step(self.engine, self.schedule, self.progress, batches, Timers(), stop=False, out_of_time=False)
+        self.progress = self.progress.after_step(len(batch[0]), result.skipped)
+        self.grad_norm = result.grad_norm
+        return result.loss
+
+
+def _arguments(task: Task) -> list[str]:
+    w = task.workload
+    return f"""--num-layers {w.layers} --hidden-size {w.hidden} --num-attention-heads {w.heads} --seq-length {w.seq}
+        --micro-batch-size {w.micro} --global-batch-size {w.global_} --train-iters 1000 --lr {LEARNING_RATE}
+        --lr-decay-style constant --weight-decay {WEIGHT_DECAY} --adam-beta1 {BETAS[0]} --adam-beta2 {BETAS[1]}
+        --adam-eps {EPS} --clip-grad {CLIP_GRAD} --hidden-dropout 0 --attention-dropout 0 --mock-data --device cpu
+        {"--bf16" if task.dtype == "bf16" else ""} {task.our_flags}""".split()
+
+
+def _peer_name(name: str) -> str:
+    """`layers.3.mlp.linear_fc1.bias` is the peers' `blocks.3.fc_1.bias`."""
+    modules = {
+        "input_layernorm": "ln_1", "self_attention.linear_qkv": "qkv", "self_attention.linear_proj": "proj",
+        "pre_mlp_layernorm": "ln_2", "mlp.linear_fc1": "fc_1", "mlp.linear_fc2": "fc_2", "final_layernorm": "ln_f",
+        "embedding.word_embeddings": "words", "embedding.position_embeddings": "positions",
+    }  # fmt: skip
+    module, _, leaf = name.rpartition(".")
+    if not module.startswith("layers."):
+        return f"{modules[module]}.{leaf}"
+    _, number, inner = module.split(".", 2)
+    return f"blocks.{number}.{modules[inner]}.{leaf}"
+
+
+def build(task: Task) -> Any:
+    """This rank's side. Imports here, so that nobody's memory holds what only another side needs."""
+    import torch
+
+    dtype = torch.bfloat16 if task.dtype == "bf16" else torch.float32
+    arguments = task.workload, dtype, task.weights
+    if task.side == "ours":
+        return OurStep(task)
+    if task.side.startswith(("DTensor", "torch pipelining")):
+        from benchmarks import peers_model_parallel as model_parallel
+
+        if task.side.startswith("torch pipelining"):
+            return model_parallel.PipelineStep(*arguments)
+        return model_parallel.TensorParallelStep(*arguments, sequence_parallel=task.side.endswith("SP"))
+    from benchmarks import peers_data_parallel as data_parallel
+
+    if task.side.startswith("DeepSpeed"):
+        return data_parallel.DeepSpeedStep(*arguments, stage=int(task.side[-1]))
+    steps = {
+        "DDP": data_parallel.DDPStep,
+        "DDP + ZeroRedundancyOptimizer": data_parallel.ZeroRedundancyStep,
+        "FSDP2": data_parallel.FSDP2Step,
+    }
+    return steps[task.side](*arguments)
+
+
+def work(task: Task, pipe: Connection) -> None:
+    """One process: for every list of seeds, a step on each one's batch; answers with what each step took and gave."""
+    os.dup2(2, 1)  # what libraries print is not a row
+    os.environ.update(
+        RANK=str(task.rank), LOCAL_RANK=str(task.rank), WORLD_SIZE=str(PROCESSES), LOCAL_WORLD_SIZE=str(PROCESSES),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(task.port), DS_ACCELERATOR="cpu",
+    )  # fmt: skip
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    try:
+        side = build(task)
+        pipe.send("ready")
+        while (seeds := pipe.recv()) is not None:
+            answers = []
+            for seed in seeds:
+                batch = random_batch(task.workload, seed)
+                dist.barrier()
+                begun, begun_cpu = time.perf_counter(), time.process_time()
+                loss = side.step(batch)
+                seconds, cpu_seconds = time.perf_counter() - begun, time.process_time() - begun_cpu
+                answers.append((seconds, cpu_seconds, loss, side.grad_norm))
+            pipe.send(answers)
+        pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        dist.destroy_process_group()
+    except Exception:
+        pipe.send(traceback.format_exc())
+
+
+class SideFailed(Exception):
+    """A side's process raised, died or did not answer."""
+
+
+class Pair:
+    """The two processes of one side, seen from the parent."""
+
+    def __init__(self, side: str, workload: Workload, dtype: str, weights: Path, our_flags: str):
+        self.side, self.seconds, self.cpu_seconds = side, [], []  # type: ignore[var-annotated]
+        self.losses: list[float] = []
+        self.grad_norms: list[float] = []
+        context = multiprocessing.get_context("spawn")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.pipes, self.processes = [], []
+        for rank in range(PROCESSES):
+            mine, theirs = context.Pipe()
+            task = Task(side, workload, dtype, weights, our_flags, rank, port)
+            process = context.Process(target=work, args=(task, theirs), daemon=True)
+            process.start()
+            theirs.close()  # so that a process that dies is noticed here
+            self.pipes.append(mine)
+            self.processes.append(process)
+        self._answers()
+
+    def _answers(self) -> list[Any]:
+        """One answer of each process."""
+        found = []
+        for rank, pipe in enumerate(self.pipes):
+            try:
+                answer = pipe.recv() if pipe.poll(PATIENCE_SECONDS) else f"no answer for {PATIENCE_SECONDS} s"
+            except EOFError:
+                answer = "died"
+            if isinstance(answer, str) and answer != "ready":
+                self.stop()
+                raise SideFailed(f"{self.side}, rank {rank}: {answer}")
+            found.append(answer)
+        return found
+
+    def train(self, seeds: list[int]) -> None:
+        """A step for each seed; the slower process counts."""
+        for pipe in self.pipes:
+            pipe.send(seeds)
+        steps = [list(zip(*answers, strict=True)) for answers in zip(*self._answers(), strict=True)]
+        self.seconds.append([max(seconds) for seconds, *_ in steps])
+        self.cpu_seconds += [sum(cpu) for _, cpu, *_ in steps]
+        self.losses += [losses[0] for _, _, losses, _ in steps]
+        self.grad_norms += [norms[0] for *_, norms in steps]
+
+    def finish(self) -> list[int]:
+        """Peak memory of each process in MiB; the processes end."""
+        for pipe in self.pipes:
+            pipe.send(None)
+        peaks = [round(peak) for peak in self._answers()]
+        self.stop()
+        return peaks
+
+    def stop(self) -> None:
+        """End what still runs."""
+        for process in self.processes:
+            process.join(5)
+            process.terminate()
+
+
+def measure(name: str, options: argparse.Namespace, weights: Path) -> dict[str, Any]:
+    """All sides of one configuration in turn, round by round."""
+    workload = WORKLOADS[options.workload]
+    pairs: dict[str, Pair] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for side in ("ours", *PEERS[name]):
+        if side.startswith("DeepSpeed") and importlib.util.find_spec("deepspeed") is None:
+            rows[side] = {"left_out": "deepspeed is not installed"}
+            continue
+        try:
+            pairs[side] = Pair(side, workload, options.dtype, weights, f"{OURS[name]} {options.our_flags}")
+        except SideFailed as failure:
+            print(failure, file=sys.stderr)
+            rows[side] = {"failed": str(failure).splitlines()[-1]}
+    seeds = iter(range(10**9))
+    for count in [options.warmup] + [options.steps] * options.rounds:
+        turn = [next(seeds) for _ in range(count)]
+        for pair in pairs.values():
+            pair.train(turn)
+    for side, pair in pairs.items():
+        rows[side] = _summary(pair, options.warmup, workload)
+    if "ours" in pairs:
+        _compare(rows, pairs, TOLERANCE[options.dtype])
+    return {"sides": rows}
+
+
+def _summary(pair: Pair, warmup: int, workload: Workload) -> dict[str, Any]:
+    seconds = [second for turn in pair.seconds[1:] for second in turn]
+    return {
+        "tokens_per_s": round(workload.tokens_per_step / statistics.median(seconds), 1),
+        "best_tokens_per_s": round(workload.tokens_per_step / min(seconds), 1),
+        "tokens_per_cpu_s": round(workload.tokens_per_step / statistics.median(pair.cpu_seconds[warmup:]), 1),
+        "first_losses": [round(loss, 6) for loss in pair.losses[:warmup]],
+        "first_grad_norms": [round(norm, 6) for norm in pair.grad_norms[:warmup]],
+        "last_loss": round(pair.losses[-1], 4),
+        "peak_mb": pair.finish(),
+    }
+
+
+def _compare(rows: dict[str, dict[str, Any]], pairs: dict[str, Pair], tolerance: float) -> None:
+    """Add to every peer's row the ratio of its times to ours, and whether it trains the same model."""
+    ours = pairs["ours"]
+    for side, pair in pairs.items():
+        if side == "ours":
+            continue
+        row = rows[side]
+        ratios = [
+            statistics.median(theirs) / statistics.median(mine)
+            for mine, theirs in zip(ours.seconds[1:], pair.seconds[1:], strict=True)
+        ]
+        row["ours_over_it"] = round(statistics.median(ratios), 3)
+        row["ours_over_it_by_round"] = [round(ratio, 3) for ratio in ratios]
+        found = row["first_losses"] + row["first_grad_norms"]
+        expected = rows["ours"]["first_losses"] + rows["ours"]["first_grad_norms"]
+        error = max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
+        row["largest_difference"], row["agrees"] = float(f"{error:.1e}"), error <= tolerance
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workload", choices=WORKLOADS, default="W2")
+    parser.add_argument("--dtype", choices=tuple(TOLERANCE), default="bf16")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=5, help="steps of each side in a round")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before the first round, which show agreement")
+    parser.add_argument("--only", default=",".join(OURS), help="configurations, comma-separated")
+    parser.add_argument("--our-flags", default="", help="more flags of the package, for all configurations")
+    parser.add_argument("--output", type=Path, help="append the rows to this file")
+    options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    versions = {name: _version(name) for name in ("torch", "deepspeed", "numpy")}
+    good = True
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder) / "weights.pt"
+        save_initial_weights(WORKLOADS[options.workload], weights)
+        for name in options.only.split(","):
+            row = {
+                "benchmark": "parallel",
+                "configuration": name,
+                "commit": _commit(),
+                "command": " ".join(["python", *sys.argv]),
+                "workload": options.workload,
+                "dtype": options.dtype,
+                "processes": PROCESSES,
+                "threads": 1,
+                "our_flags": f"{OURS[name]} {options.our_flags}".strip(),
+                **measure(name, options, weights),
+                "versions": versions,
+                "machine": machine.describe(),
+            }
+            good &= all(side.get("agrees", "failed" not in side) for side in row["sides"].values())
+            text = json.dumps(row)
+            print(text, flush=True)
+            if options.output:
+                with options.output.open("a") as file:
+                    file.write(text + "\n")
+    return int(not good)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""Rules of recomputation and of where its kept inputs lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_ds.config import Config
+from megatron_ds.errors import ConfigError
+from megatron_ds.ways import Ways, either
+
+FULL = "--recompute-granularity full"
+
+
+def check_recompute(config: Config) -> Iterator[ConfigError]:
+    """One granularity under all its names, with no option that belongs to the other."""
+    recompute = config.recompute
+    full = recompute.checkpoint_activations or recompute.activations_checkpoint_method is not None
+    asked = {recompute.recompute_granularity, "selective" if recompute.recompute_activations else None}
+    asked |= {"full" if full else None}
+    if len(asked - {None}) > 1:
+        yield ConfigError(
+            "--recompute-granularity", "full and selective, under two names", "one of them", f"only {FULL}"
+        )
+        return
+    if None not in (recompute.recompute_method, recompute.activations_checkpoint_method) and (
+        recompute.recompute_method != recompute.activations_checkpoint_method
+    ):
+        yield ConfigError(
+            "--recompute-method and --activations-checkpoint-method",
+            f"{recompute.recompute_method} and {recompute.activations_checkpoint_method}",
+            "one method: they are two names of the same thing",
+            "leave one of them out",
+        )
+    options = {
+        "--recompute-method": recompute.recompute_method,
+        "--recompute-num-layers": recompute.recompute_num_layers,
+        "--distribute-saved-activations": recompute.distribute_saved_activations or None,
+        "--checkpoint-in-cpu": recompute.checkpoint_in_cpu or None,
+    }
+    given = [flag for flag, value in options.items() if value is not None]
+    if given and recompute.granularity != "full":
+        what = f"{recompute.granularity} recomputation" if recompute.granularity else "no recomputation"
+        flags = ", ".join(given)
+        yield ConfigError(flags, what, f"{FULL}, to which it belongs", f"{FULL}, or leave {flags} out")
+    elif recompute.num_layers > (config.model.num_layers or 1):
+        yield ConfigError(
+            "--recompute-num-layers",
+            f"{recompute.num_layers}, of {config.model.num_layers} layers",
+            "at most all layers",
+            f"--recompute-num-layers {config.model.num_layers}",
+        )
+
+
+def check_distribution(config: Config, world_size: int, ways: Ways) -> Iterator[ConfigError]:
+    """Kept inputs are cut over tp, unless they are cut already."""
+    tp, cut = config.parallel.tensor_model_parallel_size, config.parallel.sequence_parallel
+    if not config.recompute.distribute_saved_activations or (tp > 1 and not cut):
+        return
+    found, expected = "--sequence-parallel beside it", "one of them: with --sequence-parallel they are cut already"
+    if tp == 1:
+        found, expected = "--tensor-model-parallel-size 1", "ranks over which to cut the kept inputs"
+    yield ConfigError(
+        "--distribute-saved-activations",
+        found,
+        expected,
+        either(ways.layouts, "leave --distribute-saved-activations out"),
+    )

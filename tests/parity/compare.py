@@ -1,0 +1,121 @@
+"""What of a run on N ranks is not the oracle's: every quantity of every step, by name."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tests.helpers.ranks import run_ranks
+from tests.parity.harness import Mask, Share, assemble, batches, train
+from tests.reference import gpt as oracle
+from tests.reference.gpt import OracleConfig
+
+CLIP = 0.5
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """A quantity that is further from the oracle's than it may be."""
+
+    step: int
+    quantity: str
+    error: float
+
+    def __str__(self) -> str:
+        return f"step {self.step}: {self.quantity}: relative error {self.error:.1e}"
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """The oracle's part of the command line: learning rate per step and Adam's epsilon."""
+
+    warmup: bool
+    eps: float
+
+    def lr_at(self, step: int) -> float:
+        """Constant; or warm-up over 4 steps, then cosine to step 40, from Megatron's formula."""
+        if not self.warmup:
+            return 3e-3
+        if step <= 4:
+            return 3e-3 * step / 4
+        return 3e-4 + 0.5 * (math.cos((step - 4) / 36 * math.pi) + 1) * 2.7e-3
+
+
+DEFAULT = Optimizer(warmup=True, eps=1e-8)
+STEADY = Optimizer(warmup=False, eps=1e-4)
+"""Adam divides by the root of the mean square, so with its usual epsilon of 1e-8 an element whose gradient is smaller
+than fp32's rounding of the others moves as far as any: after a step the oracle in fp32 is 2e-5 from itself in fp64.
+With 1e-4 it stays within 3e-6, and 1e-5 can be asked of every gradient."""
+STEADY_FLAGS = "--lr-decay-style constant --lr-warmup-iters 0 --adam-eps 1e-4".split()
+
+
+def initial(model: OracleConfig, std: float) -> dict[str, torch.Tensor]:
+    """Random weights that fp32 holds exactly, in fp64."""
+    return {name: value.double() for name, value in oracle.random_params(model, std=std).items()}
+
+
+@functools.lru_cache(maxsize=64)
+def reference(
+    model: OracleConfig, steps: int, mask: Mask = "uneven", optimizer: Optimizer = DEFAULT, std: float = 0.05
+) -> oracle.Trained:
+    """The oracle's run in fp64, so that it adds no rounding of its own."""
+    return oracle.train(
+        initial(model, std),
+        model,
+        [(tokens, labels, keep.double()) for tokens, labels, keep in batches(model, steps, mask)],
+        lr_at=optimizer.lr_at,
+        betas=(0.9, 0.95),
+        eps=optimizer.eps,
+        weight_decay=0.1,
+        clip_grad=CLIP,
+        keep_gradients=True,
+    )
+
+
+def mismatches(
+    shares: Sequence[Share], expected: oracle.Trained, *, loss: float, norm: float, gradient: float
+) -> list[Mismatch]:
+    """Everything beyond the three tolerances, in the order of the steps.
+
+    Losses and norms: relative to the oracle's, on every rank. Gradients: largest difference of any element, relative
+    to the largest element of the oracle's tensor.
+    """
+    out: list[Mismatch] = []
+    for step, (true_loss, true_norm) in enumerate(expected.history):
+        for what, index, true, limit in (("loss", 0, true_loss, loss), ("gradient norm", 1, true_norm, norm)):
+            found = torch.tensor([share.history[step][index] for share in shares], dtype=torch.float64)
+            error = (found / true - 1).abs().max().item()  # NaN if any is
+            out += [Mismatch(step, what, error)] if not error <= limit else []
+        # Gradients are gathered after clipping; the oracle's are kept before it. Clipped by the norm that the ranks
+        # found, so that a wrong norm is told as such and not as wrong gradients.
+        clip = min(1.0, CLIP / (shares[0].history[step][1] + 1e-6))
+        gathered = assemble([piece for share in shares for piece in share.gradients[step]])
+        assert gathered.keys() == expected.gradients[step].keys()
+        for name, true_gradient in expected.gradients[step].items():
+            error = ((gathered[name] / clip - true_gradient).abs().max() / true_gradient.abs().max()).item()
+            out += [Mismatch(step, f"gradient of {name}", error)] if not error <= gradient else []
+    return out
+
+
+def run_and_compare(
+    model: OracleConfig,
+    argv: Sequence[str],
+    world_size: int,
+    *,
+    steps: int,
+    mask: Mask = "uneven",
+    optimizer: Optimizer = DEFAULT,
+    std: float = 0.05,
+    loss: float = 1e-5,
+    norm: float = 1e-5,
+    gradient: float = 1e-5,
+) -> list[Mismatch]:
+    """Train on `world_size` ranks and compare."""
+    params = {name: value.float() for name, value in initial(model, std).items()}
+    shares = run_ranks(train, world_size, argv, params, batches(model, steps, mask))
+    expected = reference(model, steps, mask, optimizer, std)
+    return mismatches(shares, expected, loss=loss, norm=norm, gradient=gradient)

@@ -1,0 +1,93 @@
+"""Bugs to plant: each replaces one thing of the package, inside a rank, by what somebody could have written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+import pretrain_gpt
+from megatron_ds.model import context_attention, linear
+from megatron_ds.optim.buckets import Bucket, Buckets
+from megatron_ds.optim.zero import ZeroOptimizer
+from megatron_ds.parallel.collectives import Done, all_reduce
+from megatron_ds.parallel.context import Axis, Sharding
+from megatron_ds.training import step
+from tests.parity import harness
+from tests.parity.harness import RECIPE, Share, train
+from tests.reference.gpt import GlobalBatch
+
+
+def row_without_all_reduce() -> None:
+    """The row-parallel linear gives each rank its own partial sum."""
+    linear.all_reduce = lambda tensor, axis: tensor  # type: ignore[assignment]
+
+
+def column_without_reduce() -> None:
+    """The column-parallel linear's backward keeps its partial dX."""
+    linear.all_reduce_async = lambda tensor, axis: Done()  # type: ignore[assignment]
+
+
+def wrong_count() -> None:
+    """The loss is a mean over all positions, masked ones too."""
+
+    def forward_step(batch: Any, model: Any, upstream: Any) -> Any:
+        losses, loss = pretrain_gpt.forward_step(batch, model, upstream)
+        return losses, lambda x: (loss(x)[0], torch.tensor(float(batch.loss_mask.numel())))
+
+    harness.RECIPE = RECIPE._replace(forward_step=forward_step)
+
+
+def norm_counted_tp_times() -> None:
+    """Every tensor-parallel rank counts what it only has a copy of."""
+    ZeroOptimizer._counted = lambda self: self.segments  # type: ignore[method-assign]
+
+
+def reduced_twice() -> None:
+    """Gradients are summed over data-parallel ranks, and then once more."""
+    finish = Bucket.finish
+
+    def finish_again(bucket: Bucket) -> None:
+        finish(bucket)
+        all_reduce(bucket.grads, bucket.dp)
+
+    Bucket.finish = finish_again  # type: ignore[method-assign]
+
+
+def partial_sums_forgotten() -> None:
+    """Under sequence parallelism nobody adds up the gradients of norms, biases and positions."""
+    Sharding.partial_over = property(lambda self: ())  # type: ignore[assignment,method-assign]
+
+
+def tied_ends_not_summed() -> None:
+    """First and last stage keep their own parts of the tied embedding's gradient."""
+    Buckets.sum_partials = lambda self: None  # type: ignore[method-assign]
+
+
+def ring_turned_round() -> None:
+    """Keys and values in the ring are taken for those of the rank on the other side."""
+    rightly = context_attention._round
+
+    def wrongly(kv: torch.Tensor, cp: Axis) -> Iterator[tuple[int, torch.Tensor]]:
+        for hop, (_, buffer) in enumerate(rightly(kv, cp)):
+            yield (cp.rank + hop) % cp.size, buffer
+
+    context_attention._round = wrongly
+
+
+def positions_not_balanced() -> None:
+    """The ring is given contiguous parts of the sequence."""
+    rightly = step.context_positions
+    step.context_positions = lambda s, c, rank, ulysses: rightly(s, c, rank, True)
+
+
+def train_with(
+    plant: Callable[[], None],
+    argv: Sequence[str],
+    params: dict[str, torch.Tensor],
+    global_batches: Sequence[GlobalBatch],
+) -> Share:
+    """Run on every rank: the harness's `train` with a bug."""
+    plant()
+    return train(argv, params, global_batches)

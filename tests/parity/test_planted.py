@@ -1,0 +1,57 @@
+"""The comparison is worth something: one bug of each kind makes it fail, and is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.helpers.ranks import run_ranks
+from tests.parity import plants
+from tests.parity.compare import STEADY, STEADY_FLAGS, initial, mismatches, reference
+from tests.parity.harness import arguments, batches
+from tests.parity.layouts import Layout
+from tests.parity.plants import train_with
+
+NORM, MATRIX = "gradient of layers.3.input_layernorm.weight", "gradient of layers.3.mlp.linear_fc2.weight"
+TABLE, HEAD = "gradient of embedding.word_embeddings.weight", "gradient of final_layernorm.weight"
+LEARNED = "learned mha padded uneven - overlap"
+
+CASES = {
+    plants.row_without_all_reduce: (f"2 - 1 1 1f1b 1 0 - tied {LEARNED}", {"loss", NORM, MATRIX}, set()),
+    plants.column_without_reduce: (f"2 - 1 1 1f1b 1 0 - tied {LEARNED}", {HEAD, NORM}, {"loss"}),
+    plants.wrong_count: (f"1 - 1 1 1f1b 2 1 - tied {LEARNED}", {"loss", "gradient norm", MATRIX}, set()),
+    plants.norm_counted_tp_times: (
+        f"2 - 1 1 1f1b 1 0 - tied {LEARNED}",
+        {"gradient norm"},
+        {"loss", NORM, MATRIX, TABLE},
+    ),
+    plants.reduced_twice: (f"1 - 1 1 1f1b 2 0 - tied {LEARNED}", {"gradient norm", NORM, MATRIX, TABLE}, {"loss"}),
+    plants.partial_sums_forgotten: (
+        f"2 sp 1 1 1f1b 1 0 - tied {LEARNED}",
+        {"gradient norm", NORM, "gradient of embedding.position_embeddings.weight"},
+        {"loss", MATRIX, TABLE},
+    ),
+    plants.tied_ends_not_summed: (
+        f"1 - 1 2 1f1b 1 0 - tied {LEARNED}",
+        {"gradient norm", TABLE},
+        {"loss", NORM, MATRIX},
+    ),
+    plants.ring_turned_round: (f"1 - ring4 1 1f1b 1 0 - tied {LEARNED}", {"loss", NORM, MATRIX}, set()),
+    plants.positions_not_balanced: (f"1 - ring2 1 1f1b 1 0 - tied {LEARNED}", {"loss", NORM, MATRIX}, set()),
+}
+"""Bug -> the layout that has it, what the first step must name, and what must not be named there."""
+
+
+@pytest.mark.parametrize("plant", CASES, ids=lambda plant: plant.__name__)
+def test_a_planted_bug_is_named(plant: Callable[[], None]) -> None:
+    line, named, spared = CASES[plant]
+    layout = Layout.parse(line)
+    argv = arguments(layout.model, *layout.flags(), *STEADY_FLAGS)
+    params = {name: value.float() for name, value in initial(layout.model, 0.1).items()}
+    shares = run_ranks(train_with, layout.world_size, plant, argv, params, batches(layout.model, 2, layout.mask))
+    expected = reference(layout.model, 2, layout.mask, STEADY, 0.1)
+    found = mismatches(shares, expected, loss=1e-5, norm=1e-5, gradient=1e-5)
+    at_first = {mismatch.quantity for mismatch in found if mismatch.step == 0}
+    assert named <= at_first
+    assert not spared & at_first
