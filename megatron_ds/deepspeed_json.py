@@ -149,7 +149,7 @@ class _Merger:
         if key not in self.values or self.values[key] == self.now(name):
             return
         value, flag = self.values[key], self.flag(name)
-        if True:
+        if name not in self.config.typed:
             self.put(key, name, value)
         elif binding:
             leaf = key.split(".")[-1]

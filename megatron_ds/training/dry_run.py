@@ -8,7 +8,8 @@ from megatron_ds.data.config import DataConfig
 from megatron_ds.data.indexed import bin_path, idx_path
 from megatron_ds.parallel.context import Axis, coordinates
 from megatron_ds.parallel.spec import ParamSpec
-from megatron_ds.pipeline.schedule import check, draw
+from megatron_ds.pipeline.draw import draw
+from megatron_ds.pipeline.simulate import check
 from megatron_ds.training.run import Recipe, Run
 
 GIB = 2**30

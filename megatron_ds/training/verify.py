@@ -120,7 +120,7 @@ def _train(
     for step in range(STEPS):
         batches = _batches(engine.run, step)
         result = train_step(engine, schedule, progress, batches, Timers(), stop=False, out_of_time=False)
-        progress = progress.after_step(plan.global_batch_size, result.skipped)
+        progress = progress.after_step(plan.global_batch_size, result.skipped, result.next_loss_scale)
         trained.history.append((result.loss, result.grad_norm))
         trained.gradients.append(list(_gradients(engine, result.grad_norm)))
     return trained

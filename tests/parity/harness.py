@@ -135,6 +135,11 @@ def set_weights(engine: Engine, params: dict[str, torch.Tensor]) -> None:
             engine.optimizer.set_values(name, torch.cat(mine, dim=spec.split.dim))
 
 
+def fresh(engine: Engine) -> Progress:
+    """Where a run begins."""
+    return Progress(loss_scale=engine.loss_scaling.start())
+
+
 def steps(
     engine: Engine, progress: Progress, global_batches: Sequence[GlobalBatch], keep_gradients: bool = False
 ) -> tuple[Progress, Share]:
@@ -148,7 +153,7 @@ def steps(
         starts = [(i * dp.size + dp.rank) * size for i in range(len(tokens) // size // dp.size)]
         micro = [GPTBatch(*(t[r : r + size] for t in (tokens, labels, mask, positions))) for r in starts]
         result = train_step(engine, schedule, progress, iter(micro), Timers(), stop=False, out_of_time=False)
-        progress = progress.after_step(len(tokens), result.skipped)
+        progress = progress.after_step(len(tokens), result.skipped, result.next_loss_scale)
         share.history.append((result.loss, result.grad_norm))
         share.skipped.append(result.skipped)
         if keep_gradients:
@@ -170,7 +175,7 @@ def train(argv: Sequence[str], params: dict[str, torch.Tensor], global_batches: 
     """Run on every rank of `run_ranks`: train from the given weights."""
     engine = start(argv)
     set_weights(engine, params)
-    _, share = steps(engine, Progress(), global_batches, keep_gradients=True)
+    _, share = steps(engine, fresh(engine), global_batches, keep_gradients=True)
     share.params = placed(engine, "master")
     context.stop()
     return share
@@ -180,7 +185,7 @@ def train_and_save(argv: Sequence[str], params: dict[str, torch.Tensor], global_
     """Run on every rank: train from the given weights, save at the end."""
     engine = start(argv)
     set_weights(engine, params)
-    progress, share = steps(engine, Progress(), global_batches)
+    progress, share = steps(engine, fresh(engine), global_batches)
     save_checkpoint(engine, progress)
     context.stop()
     return share.history

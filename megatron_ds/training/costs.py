@@ -1,0 +1,223 @@
+"""What a step costs each rank: bytes held, bytes sent, time idle; predicted and measured by the same engine.
+
+Note [Prediction on paper]
+    A prediction builds the engine that a rank would build, but under FakeTensorMode, where tensors have shapes and no
+    memory, and on axes with nobody at the other ends, where collectives only count. It runs one micro-batch through
+    each kind of chunk that the rank has, and the end of a step. The list of the rank's actions tells the rest: how
+    often each happens, and whose activations live at the same time.
+    A measurement reads the same counters, in a real step. What neither sees: fragmentation, buffers of NCCL, what an
+    operator needs inside, and what the optimizer needs while it updates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from dataclasses import dataclass
+from itertools import repeat
+from typing import NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from megatron_ds.data.loader import GPTBatch
+from megatron_ds.kernels.attention import causal_attention
+from megatron_ds.kernels.table import Kernels
+from megatron_ds.model.runtime import WeightGrads
+from megatron_ds.parallel.collectives import all_reduce
+from megatron_ds.parallel.context import ParallelContext
+from megatron_ds.parallel.rng import DropoutStreams
+from megatron_ds.pipeline.schedule import COMMUNICATION, Action, Actions, Kind
+from megatron_ds.pipeline.simulate import Report, check
+from megatron_ds.timers import Timers
+from megatron_ds.training.engine import Engine, build_engine
+from megatron_ds.training.memory import Footprint, footprints
+from megatron_ds.training.run import Recipe, Run, Stage
+from megatron_ds.training.step import Totals, take
+
+RECEIVES = frozenset({Kind.RECV_F, Kind.RECV_B})
+
+Sent = Counter[str]
+"""Bytes that a rank hands to others, under `axis collective`; see parallel/traffic.py for what is counted."""
+
+
+class Held(NamedTuple):
+    """What a rank keeps between steps."""
+
+    parameters: int
+    params_bytes: int
+    grads_bytes: int
+    optimizer_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Everything together."""
+        return self.params_bytes + self.grads_bytes + self.optimizer_bytes
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of one rank in one step.
+
+    activation_bytes: most that was kept for later backwards, between two actions.
+    peak_bytes: the same with what the running action needs besides.
+    live: most micro-batches whose activations are kept; one that is so for one of v chunks counts 1/v.
+    idle: share of the step without work.
+    """
+
+    num_microbatches: int
+    held: Held
+    sent: Sent
+    activation_bytes: int
+    peak_bytes: int
+    live: float
+    idle: float
+
+
+@dataclass(frozen=True)
+class ChunkCosts:
+    """Of one micro-batch on one chunk.
+
+    keeps: by how much an action of a kind changes what is kept. needs: the most at once while it runs, above that.
+    reduced: what the reduction of the chunk's gradients sends; `sent` is everything else.
+    """
+
+    sent: Sent
+    reduced: Sent
+    keeps: dict[Kind, int]
+    needs: dict[Kind, int]
+
+
+@dataclass(frozen=True)
+class Paper:
+    """What an engine on paper says of its rank. step: what the end of a step sends."""
+
+    held: Held
+    chunks: tuple[ChunkCosts, ...]
+    step: Sent
+    wire_bytes: int
+
+
+def predict(run: Run, recipe: Recipe, rank: int, num_microbatches: int) -> Costs:
+    """What a step of so many micro-batches costs any rank of the plan; see Note [Prediction on paper]."""
+    actions = run.plan.actions(num_microbatches)
+    stage = rank // (run.plan.world_size // run.plan.sizes["pp"])
+    return in_all(on_paper(run, recipe, rank), actions[stage], check(actions), stage, num_microbatches)
+
+
+def on_paper(run: Run, recipe: Recipe, rank: int) -> Paper:
+    """Build the engine of a rank without memory, and try every kind of chunk and the end of a step."""
+    with FakeTensorMode():
+        engine = build_engine(_paper_run(run, rank), recipe)
+        by_kind: dict[tuple[int, bool, bool], ChunkCosts] = {}
+        for number, chunk in enumerate(engine.chunks):
+            if kind_of(chunk.stage) not in by_kind:
+                by_kind[kind_of(chunk.stage)] = _try_chunk(engine, number)
+        chunks = tuple(by_kind[kind_of(chunk.stage)] for chunk in engine.chunks)
+        wire = engine.executor.wire
+        wire_bytes = torch.Size(wire.shape).numel() * wire.dtype.itemsize
+        return Paper(held(engine), chunks, _try_end_of_step(engine), wire_bytes)
+
+
+def kind_of(stage: Stage) -> tuple[int, bool, bool]:
+    """All that makes one chunk cost something else than another: number of layers, and the ends of the model."""
+    return stage.stop - stage.start, stage.is_first, stage.is_last
+
+
+def in_all(paper: Paper, actions: Actions, report: Report, stage: int, num_microbatches: int) -> Costs:
+    """Add up the actions of a rank of the stage; `report` is of all stages."""
+    sent, kept, most_kept, most = Counter(paper.step), 0, 0, 0
+    for action in actions:
+        chunk = paper.chunks[action.chunk]
+        if action.kind in COMMUNICATION:
+            kept += paper.wire_bytes if action.kind in RECEIVES else 0
+            continue
+        sent.update(chunk.sent if action.kind is Kind.F else chunk.reduced if action.kind is Kind.REDUCE else {})
+        most = max(most, kept + chunk.needs[action.kind])
+        kept += chunk.keeps[action.kind]
+        most_kept = max(most_kept, kept)
+    live = report.peak_live[stage] / len(paper.chunks)
+    return Costs(num_microbatches, paper.held, sent, most_kept, most, live, report.idle[stage])
+
+
+def held(engine: Engine) -> Held:
+    """Sums over the engine's own tensors; padding of the buckets included."""
+    buckets, optimizer = list(engine.buckets), engine.optimizer
+    masters = [m for b in buckets if not optimizer.model_is_master(b) for m in [optimizer.masters[id(b)]]]
+    moments = [moment for segment in optimizer.segments for moment in (segment.exp_avg, segment.exp_avg_sq)]
+    return Held(
+        sum(parameter.numel() for chunk in engine.chunks for parameter in chunk.parameters()),
+        sum(bucket.params.nbytes for bucket in buckets),
+        sum(bucket.grads.nbytes for bucket in buckets),
+        sum(tensor.nbytes for tensor in (*masters, *moments)),
+    )
+
+
+def sent_so_far(parallel: ParallelContext) -> Sent:
+    """The counters of all axes."""
+    return Counter(
+        {f"{axis.name} {name}": n for axis in parallel.axes for name, n in axis.traffic.sent_bytes.items()}
+    )
+
+
+def most_live(found: list[Footprint], num_chunks: int) -> float:
+    """Most micro-batches between F and B or W."""
+    live = most = 0
+    for action in found:
+        live += (action.kind is Kind.F) - (action.kind in (Kind.B, Kind.W))
+        most = max(most, live)
+    return most / num_chunks
+
+
+def _paper_run(run: Run, rank: int) -> Run:
+    """The run as that rank would see it, without memory and without other ranks."""
+    return dataclasses.replace(
+        run,
+        parallel=ParallelContext.on_paper(run.plan.sizes, rank),
+        kernels=run.kernels if run.device.type == "cpu" else dataclasses.replace(Kernels(), attention=_flash),
+        device=torch.device("cpu"),
+        streams=DropoutStreams(run.config.training.seed),
+        weight_grads=WeightGrads(),
+    )
+
+
+def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
+    """On GPUs attention drops out without keeping a matrix of s x s; on CPUs it cannot."""
+    return causal_attention(q, k, v, 0.0)
+
+
+def _try_chunk(engine: Engine, number: int) -> ChunkCosts:
+    """Run one micro-batch through one chunk, as the only one of a step."""
+    run = engine.run
+    b, s = run.plan.micro_batch_size, run.plan.seq_length
+    tokens = torch.zeros(b, s, dtype=torch.int64)
+    batch = GPTBatch(tokens, tokens, torch.ones(b, s), tokens)
+    before = sent_so_far(run.parallel)
+    with footprints(engine.executor) as found:
+        engine.executor.run(_only(engine, number), take(repeat(batch), run, 0, 1), Timers())
+    sent = sent_so_far(run.parallel) - before
+    reduced = Counter({name: n for name, n in sent.items() if name.startswith("dp_cp ")})
+    keeps = {action.kind: action.after - action.before for action in found}
+    needs = {action.kind: action.most - action.before for action in found}
+    return ChunkCosts(sent - reduced, reduced, keeps, needs)
+
+
+def _only(engine: Engine, chunk: int) -> Actions:
+    """What the schedule does to the first micro-batch in one chunk, and the reduction."""
+    run = engine.run
+    stage, fewest = run.parallel.pp.rank, run.plan.sizes["pp"]
+    actions = run.plan.actions(fewest)[stage]
+    first = [a for a in actions if a.chunk == chunk and a.microbatch == 0 and a.kind is not Kind.REDUCE]
+    return (*first, Action(Kind.REDUCE, chunk, 0))
+
+
+def _try_end_of_step(engine: Engine) -> Sent:
+    """What a step sends once the backward is done: see train_step."""
+    parallel, logging = engine.run.parallel, engine.run.config.logging
+    before = sent_so_far(parallel)
+    engine.buckets.sum_partials()
+    all_reduce(torch.zeros(len(Totals._fields), dtype=torch.float64), parallel.world)
+    if logging.log_params_norm:
+        all_reduce(torch.zeros((), dtype=torch.float64), parallel.world)
+    engine.optimizer.publish()
+    return sent_so_far(parallel) - before
