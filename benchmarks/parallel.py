@@ -60,13 +60,14 @@ OURS = {
     "pp": "--pipeline-model-parallel-size 2",
 }
 PEERS = {
-    "dp": ("DDP",),
+    "dp": ("DDP (autocast)", "DDP (weights)"),
     "zero1": ("DDP + ZeroRedundancyOptimizer", "DeepSpeed ZeRO-1"),
     "zero2": ("DeepSpeed ZeRO-2", "DDP", "FSDP2"),
-    "tp": ("DTensor TP",),
-    "sp": ("DTensor TP + SP",),
-    "pp": ("torch pipelining 1F1B",),
+    "tp": ("DTensor TP (autocast)", "DTensor TP (weights)"),
+    "sp": ("DTensor TP + SP (autocast)", "DTensor TP + SP (weights)"),
+    "pp": ("pipelining 1F1B (autocast)", "pipelining 1F1B (weights)"),
 }
+"""In brackets how bf16 is computed where that is the user's choice: one of the two is the faster one."""
 
 
 class Task(NamedTuple):
@@ -167,24 +168,26 @@ def build(task: Task) -> Any:
 
     dtype = torch.bfloat16 if task.dtype == "bf16" else torch.float32
     arguments = task.workload, dtype, task.weights
-    if task.side == "ours":
+    side, _, bf16 = task.side.removesuffix(")").partition(" (")
+    options = {"bf16": bf16} if bf16 else {}
+    if side == "ours":
         return OurStep(task)
-    if task.side.startswith(("DTensor", "torch pipelining")):
+    if side in ("DTensor TP", "DTensor TP + SP", "pipelining 1F1B"):
         from benchmarks import peers_model_parallel as model_parallel
 
-        if task.side.startswith("torch pipelining"):
-            return model_parallel.PipelineStep(*arguments)
-        return model_parallel.TensorParallelStep(*arguments, sequence_parallel=task.side.endswith("SP"))
+        if side == "pipelining 1F1B":
+            return model_parallel.PipelineStep(*arguments, **options)
+        return model_parallel.TensorParallelStep(*arguments, sequence_parallel=side.endswith("SP"), **options)
     from benchmarks import peers_data_parallel as data_parallel
 
-    if task.side.startswith("DeepSpeed"):
-        return data_parallel.DeepSpeedStep(*arguments, stage=int(task.side[-1]))
+    if side.startswith("DeepSpeed"):
+        return data_parallel.DeepSpeedStep(*arguments, stage=int(side[-1]))
     steps = {
         "DDP": data_parallel.DDPStep,
         "DDP + ZeroRedundancyOptimizer": data_parallel.ZeroRedundancyStep,
         "FSDP2": data_parallel.FSDP2Step,
     }
-    return steps[task.side](*arguments)
+    return steps[side](*arguments, **options)
 
 
 def work(task: Task, pipe: Connection) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -15,17 +15,10 @@ from torch import Tensor, nn
 
 from benchmarks.peer import BETAS, CLIP_GRAD, EPS, LEARNING_RATE, WEIGHT_DECAY, Batch, PeerGPT, Workload
 
+Precision = Literal["autocast", "weights"]
+"""How a peer computes in bf16: fp32 weights and autocast, or bf16 weights and gradients with fp32 masters."""
+
 Group = dict[str, object]
-
-
-class Step(Protocol):
-    """One rank of one side: trains on its share of a global batch."""
-
-    grad_norm: float
-    """Of the last step, before clipping."""
-
-    def step(self, batch: Batch) -> float:
-        """One optimizer step; the mean loss of the global batch on every rank."""
 
 
 class GPT(PeerGPT):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +17,7 @@ from benchmarks.peer import CLIP_GRAD, Batch, Workload
 from benchmarks.peers_common import (
     ADAMW,
     ClippedAdamW,
+    Precision,
     autocast,
     build_gpt,
     decayed_apart,
@@ -32,7 +32,7 @@ class DDPStep:
     bf16: autocast on fp32 weights, or bf16 weights (and gradients) with fp32 masters.
     """
 
-    def __init__(self, workload: Workload, dtype: torch.dtype, weights: Path, bf16: str = os.environ.get("BF16","autocast")):
+    def __init__(self, workload: Workload, dtype: torch.dtype, weights: Path, bf16: Precision = "autocast"):
         dist.init_process_group("gloo")
         self.workload, self.rank, self.size = workload, dist.get_rank(), dist.get_world_size()
         half_weights = dtype == torch.bfloat16 and bf16 == "weights"

@@ -6,7 +6,6 @@ positions under sequence parallelism, clipping by the norm of all ranks' gradien
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, loss_parallel, parallelize_module
 
 from benchmarks.peer import Batch, Block, Workload
-from benchmarks.peers_common import GPT, ClippedAdamW, autocast, build_gpt, initial_weights, micro_batches, sum_over_ranks
+from benchmarks.peers_common import GPT, ClippedAdamW, Precision, autocast, build_gpt, initial_weights, micro_batches, sum_over_ranks
 
 
 class ShardedBlock(Block):
@@ -66,7 +65,7 @@ class TensorParallelStep:
     """torch DTensor: parallelize_module with a loss of cut logits."""
 
     def __init__(
-        self, workload: Workload, dtype: torch.dtype, weights: Path, sequence_parallel: bool = False, bf16: str = os.environ.get("BF16","weights")
+        self, workload: Workload, dtype: torch.dtype, weights: Path, sequence_parallel: bool = False, bf16: Precision = "weights"
     ):
         dist.init_process_group("gloo")
         self.workload, self.size = workload, dist.get_world_size()
@@ -157,7 +156,7 @@ class StageModule(nn.Module):
 class PipelineStep:
     """torch.distributed.pipelining, one stage per rank, 1F1B."""
 
-    def __init__(self, workload: Workload, dtype: torch.dtype, weights: Path, bf16: str = os.environ.get("BF16","weights")):
+    def __init__(self, workload: Workload, dtype: torch.dtype, weights: Path, bf16: Precision = "weights"):
         dist.init_process_group("gloo")
         rank, size = dist.get_rank(), dist.get_world_size()
         self.count = workload.micro_batches

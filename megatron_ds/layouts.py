@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import islice, product
 from typing import Literal, NamedTuple
 
 from megatron_ds.config import Config
 from megatron_ds.errors import ConfigError
-from megatron_ds.rules_batch import batch_unit, check_batch
+from megatron_ds.rules_batch import batch_unit, check_batch, nearest_batch
 from megatron_ds.rules_layout import (
     check_heads,
     check_layers,
@@ -21,7 +21,7 @@ from megatron_ds.rules_layout import (
     ranks_per_replica,
 )
 from megatron_ds.rules_recompute import check_distribution
-from megatron_ds.ways import NO_WAYS, Ways, divisors, either, nearest_multiple
+from megatron_ds.ways import NO_WAYS, Ways, divisors, either
 
 LAYOUT_CHECKS: tuple[Callable[[Config, int, Ways], Iterator[ConfigError]], ...] = (
     check_world,
@@ -46,6 +46,8 @@ class Layout(NamedTuple):
     sequence_parallel: bool
     num_layers_per_virtual_pipeline_stage: int | None
     num_virtual_stages_per_pipeline_rank: int | None
+    decoder_first_pipeline_num_layers: int | None
+    decoder_last_pipeline_num_layers: int | None
 
 
 def find_ways(config: Config, world_size: int) -> Ways:
@@ -85,10 +87,9 @@ def _proposal(
     changed = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, **found._asdict()))
     given, without = _flags(asked, found)
     if batch == "fitted":
-        unit = batch_unit(changed, world_size)[1]
-        size = nearest_multiple(unit, config.training.global_batch_size or unit)
-        changed = dataclasses.replace(changed, training=dataclasses.replace(config.training, global_batch_size=size))
-        given.append(f"--global-batch-size {size}")
+        flags, training = nearest_batch(config.training, *batch_unit(changed, world_size))
+        changed = dataclasses.replace(changed, training=training)
+        given.append(flags)
     legal = is_legal(changed, world_size, with_batch=batch != "ignored")
     return " ".join(given + (["without", *without] if without else [])) if legal else ""
 
@@ -101,9 +102,10 @@ def _candidates(asked: Layout, config: Config, world_size: int) -> Iterator[Layo
         cuts = (True, False) if asked.sequence_parallel and tp > 1 else (asked.sequence_parallel,)
         for ring, ulysses in _context_sizes(asked, world_size // tp):
             for pp in divisors(world_size // (tp * ring * ulysses)):
-                for virtual in _virtual(asked, config, layers // pp):
-                    for cut in cuts:
-                        yield Layout(tp, ring, ulysses, pp, cut, *virtual)
+                for cut, virtual, ends in product(
+                    cuts, _virtual(asked, config, layers // pp), (asked[-2:], (None, None))
+                ):
+                    yield Layout(tp, ring, ulysses, pp, cut, *virtual, *ends)
 
 
 def _context_sizes(asked: Layout, ranks: int) -> Iterator[tuple[int, int]]:

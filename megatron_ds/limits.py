@@ -105,7 +105,9 @@ def _check_bounded(config: Config) -> Iterator[ConfigError]:
         if not 0 < size < math.inf:
             yield ConfigError(flag, str(size), "more than 0, and finite", f"{flag} {usual}")
     if not 0 <= (config.precision.loss_scale or 0) < math.inf:
-        yield ConfigError("--loss-scale", str(config.precision.loss_scale), "0, which is dynamic, or more", "leave it out")
+        yield ConfigError(
+            "--loss-scale", str(config.precision.loss_scale), "0, which is dynamic, or more", "leave it out"
+        )
     ramp = config.training.rampup_batch_size
     if ramp and not (len(ramp) == 3 and min(ramp[:2]) >= 1 and ramp[2] >= 0):
         yield ConfigError(

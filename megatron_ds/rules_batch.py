@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from megatron_ds.batch import batch_schedule, read_steps, steps
 from megatron_ds.config import Config
 from megatron_ds.errors import ConfigError
 from megatron_ds.rules_layout import ranks_per_replica
+from megatron_ds.training.config import TrainingConfig
 from megatron_ds.ways import Ways, divisors, either, nearest, nearest_multiple, plural
 
 
@@ -65,7 +67,7 @@ def check_batch(config: Config, world_size: int, ways: Ways) -> Iterator[ConfigE
             "--step-batch-size-schedule",
             f"batches of {', '.join(map(str, wrong))}, {_layout(config, share, unit)}",
             f"multiples of {unit}",
-            f"--step-batch-size-schedule '{_nearest_steps(training.step_batch_size_schedule, unit)}'",
+            nearest_batch(training, share, unit).flags,
         )
     elif wrong:
         below, above = full // unit * unit, (full // unit + 1) * unit
@@ -94,9 +96,30 @@ def _layout(config: Config, share: int, unit: int) -> str:
     return ranks if unit == share else f"{ranks} and {unit // share} interleaved stages"
 
 
-def _nearest_steps(text: str, unit: int) -> str:
-    """The schedule with its own thresholds and legal batches."""
-    return " ".join(f"{step.threshold}:{nearest_multiple(unit, step.batch)}" for step in read_steps(text))
+class NearestBatch(NamedTuple):
+    """The legal batch nearest to the one asked for: as changed flags, and in the configuration."""
+
+    flags: str
+    training: TrainingConfig
+
+
+def nearest_batch(training: TrainingConfig, share: int, unit: int) -> NearestBatch:
+    """Every batch a multiple of `unit`, whether it grows or not; thresholds are kept."""
+    if training.step_batch_size_schedule is not None:
+        pairs = read_steps(training.step_batch_size_schedule)
+        text = " ".join(f"{pair.threshold}:{nearest_multiple(unit, pair.batch)}" for pair in pairs)
+        changed = dataclasses.replace(training, step_batch_size_schedule=text)
+        return NearestBatch(f"--step-batch-size-schedule '{text}'", changed)
+    full = nearest_multiple(unit, training.global_batch_size or share)
+    changed, flags = dataclasses.replace(training, global_batch_size=full), f"--global-batch-size {full}"
+    if not training.rampup_batch_size:
+        return NearestBatch(flags, changed)
+    start, increment, samples = training.rampup_batch_size
+    start = min(full, nearest_multiple(unit, start))
+    increment = unit * nearest(divisors((full - start) // unit), increment // unit) if full > start else unit
+    changed = dataclasses.replace(changed, rampup_batch_size=(start, increment, samples))
+    ramp = f"--rampup-batch-size {start} {increment} {samples}"
+    return NearestBatch(ramp if full == training.global_batch_size else f"{ramp} {flags}", changed)
 
 
 def _ramp_errors(config: Config, share: int, unit: int, full: int) -> Iterator[ConfigError]:
@@ -112,13 +135,9 @@ def _ramp_errors(config: Config, share: int, unit: int, full: int) -> Iterator[C
         if all(batch and batch % unit == 0 for batch in batches):
             return
         expected = f"multiples of {unit}"
-    aim = nearest_multiple(unit, full)
-    begin = min(aim, nearest_multiple(unit, start))
-    by = unit * nearest(divisors((aim - begin) // unit), increment // unit) if aim > begin else unit
-    also = f" --global-batch-size {aim}" if aim != full else ""
     yield ConfigError(
         "--rampup-batch-size",
         f"{start} {increment} {samples} up to a global batch of {full}, {_layout(config, share, unit)}",
         expected,
-        f"--rampup-batch-size {begin} {by} {samples}{also}",
+        nearest_batch(config.training, share, unit).flags,
     )

@@ -41,7 +41,8 @@ def check_recompute(config: Config) -> Iterator[ConfigError]:
     if given and recompute.granularity != "full":
         what = f"{recompute.granularity} recomputation" if recompute.granularity else "no recomputation"
         flags = ", ".join(given)
-        yield ConfigError(flags, what, f"{FULL}, to which it belongs", f"{FULL}, or leave {flags} out")
+        full_too = "" if recompute.recompute_activations else FULL
+        yield ConfigError(flags, what, f"{FULL}, to which it belongs", either(full_too, f"leave {flags} out"))
     elif recompute.num_layers > (config.model.num_layers or 1):
         yield ConfigError(
             "--recompute-num-layers",

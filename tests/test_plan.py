@@ -1,4 +1,4 @@
-"""What the flags imply: arithmetic by hand, and every rule with its legal neighbours and the way out that it offers."""
+"""What the flags imply: arithmetic by hand, and a dry run with figures that a user could work out on paper."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ds.config import parse
-from megatron_ds.errors import ConfigErrors
-from megatron_ds.plan import Plan, make_plan, pad_vocabulary, samples_from
+from megatron_ds.plan import Plan, continue_from, make_plan, pad_vocabulary, samples_from
 from tests.helpers.recipe import Value, run, tree, words
 
 BASE: dict[str, Value] = {
@@ -97,9 +96,72 @@ def test_sample_counts_of_a_resumed_run() -> None:
 
 
 def test_stages() -> None:
-    assert plan(1).stages == ((0, 12, True, True),)
+    assert plan(1).stages == (((0, 12, True, True),),)
     stages = plan(3, pipeline_model_parallel_size=3).stages
-    assert stages == ((0, 4, True, False), (4, 8, False, False), (8, 12, False, True))
+    assert stages == (((0, 4, True, False),), ((4, 8, False, False),), ((8, 12, False, True),))
+    assert plan(3, pipeline_model_parallel_size=3, decoder_first_pipeline_num_layers=2).stages[0] == (
+        (0, 2, True, False),
+    )
+    interleaved = plan(2, pipeline_model_parallel_size=2, num_virtual_stages_per_pipeline_rank=3, global_batch_size=8)
+    assert interleaved.num_chunks == 3
+    assert interleaved.stages[1] == ((2, 4, False, False), (6, 8, False, False), (10, 12, False, True))
+    # The same by layers of a virtual stage.
+    by_layers = plan(2, pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=2, global_batch_size=8)
+    assert by_layers.stages == interleaved.stages
+
+
+def test_stages_by_parameters() -> None:
+    # A vocabulary of GPT-2 weighs 5.4 layers of 12 h^2: on two stages both ends hold one, so the layers are halved;
+    # on three the one in the middle holds more.
+    found = plan(3, pipeline_model_parallel_size=3, pp_partition_method="parameters").stages
+    assert [chunk.stop - chunk.start for (chunk,) in found] == [2, 8, 2]
+
+
+def test_schedules() -> None:
+    assert plan().schedule == "1f1b"
+    two: dict[str, Value] = {"pipeline_model_parallel_size": 2, "global_batch_size": 16}
+    assert plan(2, **two, enable_zbh1_pipeline=True).schedule == "zbh1"
+    assert plan(2, **two, pipeline_schedule="gpipe").schedule == "gpipe"
+    assert plan(2, **two, num_virtual_stages_per_pipeline_rank=2).schedule == "interleaved"
+    assert plan(2, **two, num_layers_per_virtual_pipeline_stage=6).schedule == "1f1b"  # one virtual stage
+    assert plan(enable_zbh1_pipeline=True).schedule == "zbh1"  # nothing to fill on one stage, and no harm
+
+
+def test_actions_of_each_stage() -> None:
+    found = plan(2, pipeline_model_parallel_size=2, global_batch_size=16)
+    assert found.num_microbatches == 4
+    for number in (1, 4):
+        stages = found.actions(number)
+        assert [sum(action.kind == "F" for action in stage) for stage in stages] == [number, number]
+        assert [sum(action.kind == "B" for action in stage) for stage in stages] == [number, number]
+    for stage in found.eval_actions:
+        assert sum(action.kind == "F" for action in stage) == 4
+        assert not any(action.kind == "B" for action in stage)
+
+
+def test_sequences_are_shared_in_either_way() -> None:
+    assert plan(8, tensor_model_parallel_size=2, context_parallel_size=2).sizes == {"pp": 1, "dp": 2, "cp": 2, "tp": 2}
+    assert plan(8, ds_sequence_parallel_size=4).sizes == {"pp": 1, "dp": 2, "cp": 4, "tp": 1}
+    assert plan(8, context_parallel_size=4).global_batch_size == 8  # a micro-batch of 4 on 2 data-parallel ranks
+
+
+def test_a_growing_batch() -> None:
+    ramped: dict[str, Value] = {"train_iters": None, "train_samples": 1000, "global_batch_size": 32}
+    found = make_plan(parse([*words(BASE | ramped), "--rampup-batch-size", "8", "8", "90"]), 2, GPT2_VOCAB)
+    assert (found.global_batch_size, found.num_microbatches) == (32, 4)
+    # Three increments in 90 samples: at 30, 60 and 90.
+    assert [found.global_batch_at(n) for n in (0, 29, 30, 60, 90, 91)] == [8, 8, 16, 24, 32, 32]
+    assert [found.num_microbatches_at(n) for n in (0, 30, 60, 91)] == [1, 2, 3, 4]
+    # 8 8 8 8 16 16 24 (to 88), 24 (to 112), then (1000 - 112) // 32
+    assert found.train_iters == 8 + 27
+    assert found.samples.train == 1000
+    training = parse(words(BASE | ramped)).training
+    # At 88 after 7 iterations: 24 more, then 27 full ones; at 112 the same end.
+    assert continue_from(found, training, 7, 88).train_iters == 35
+    assert continue_from(found, training, 8, 112).train_iters == 35
+    assert continue_from(found, training, 100, 64).train_iters == 100 + 2 + 27
+    assert samples_from(found, training, 7, 88, 0).train == 1000  # 88 + 24 + 27 * 32 = 976 fit in it
+    assert samples_from(found, training, 0, 500, 0).train == 500 + 35 * 32
 
 
 def test_zero_stage_under_both_names() -> None:
@@ -108,127 +170,6 @@ def test_zero_stage_under_both_names() -> None:
         1,
         1,
     )
-
-
-# Of each rule: ranks, flags that break it, the flag that the message is about, and near ones that do not.
-RULES: dict[str, tuple[int, dict[str, Value], str, dict[str, Value]]] = {
-    "world": (6, {"tensor_model_parallel_size": 4}, "--tensor-model-parallel-size", {"tensor_model_parallel_size": 3}),
-    "world, pp": (8, {"pipeline_model_parallel_size": 3}, "--pipeline-model", {"pipeline_model_parallel_size": 4}),
-    "world and batch": (
-        6, {"tensor_model_parallel_size": 4, "global_batch_size": 8}, "--tensor-model-parallel-size",
-        {"tensor_model_parallel_size": 6, "global_batch_size": 8},
-    ),
-    "heads": (1, {"num_attention_heads": 7}, "--num-attention-heads", {"num_attention_heads": 8}),
-    "heads, free size": (1, {"num_attention_heads": 7}, "--num-att", {"num_attention_heads": 7, "kv_channels": 64}),
-    "heads over tp": (
-        8, {"num_attention_heads": 12, "tensor_model_parallel_size": 8, "global_batch_size": 64},
-        "--num-attention-heads", {"num_attention_heads": 16, "tensor_model_parallel_size": 8, "global_batch_size": 64},
-    ),
-    "heads of GPT-2 XL over tp": (
-        2, {"num_attention_heads": 25, "hidden_size": 1600, "num_layers": 48, "tensor_model_parallel_size": 2},
-        "--num-attention-heads",
-        {"num_attention_heads": 25, "hidden_size": 1600, "num_layers": 48, "tensor_model_parallel_size": 1},
-    ),
-    "key/value heads": (1, {"num_key_value_heads": 5}, "--num-key-value-heads", {"num_key_value_heads": 4}),
-    "groups": (
-        1, {"group_query_attention": True, "num_query_groups": 8}, "--num-query-groups",
-        {"group_query_attention": True, "num_query_groups": 6},
-    ),
-    "groups over tp": (
-        4, {"num_key_value_heads": 2, "tensor_model_parallel_size": 4, "global_batch_size": 4},
-        "--num-key-value-heads", {"num_key_value_heads": 4, "tensor_model_parallel_size": 4, "global_batch_size": 4},
-    ),
-    "rotary percent": (1, {"position_embedding_type": "rope", "rotary_percent": 0.24}, "--rotary-percent",
-                       {"position_embedding_type": "rope", "rotary_percent": 0.25}),
-    "odd head": (1, {"position_embedding_type": "rope", "kv_channels": 33}, "--rotary-percent", {"kv_channels": 33}),
-    "ffn over tp": (
-        4, {"ffn_hidden_size": 3070, "tensor_model_parallel_size": 4}, "--ffn-hidden-size",
-        {"ffn_hidden_size": 3072, "tensor_model_parallel_size": 4},
-    ),
-    "layers": (5, {"pipeline_model_parallel_size": 5}, "--num-layers",
-               {"pipeline_model_parallel_size": 5, "num_layers": 10}),
-    "layers and batch": (
-        8, {"pipeline_model_parallel_size": 8, "global_batch_size": 8}, "--num-layers",
-        {"pipeline_model_parallel_size": 4, "global_batch_size": 8},
-    ),
-    "batch": (4, {"global_batch_size": 40}, "--global-batch-size", {"global_batch_size": 48}),
-    "batch below": (4, {"global_batch_size": 8}, "--global-batch-size", {"global_batch_size": 16}),
-    "samples": (1, {"train_iters": None, "train_samples": 3}, "--train-samples",
-                {"train_iters": None, "train_samples": 4}),
-    "both durations": (1, {"train_samples": 400}, "--train-iters and --train-samples", {}),
-    "save interval": (1, {"save": "x"}, "--save-interval", {"save": "x", "save_interval": 1}),
-    "finetune": (1, {"finetune": True}, "--finetune", {"finetune": True, "load": "x"}),
-    "positions": (1, {"max_position_embeddings": 1023}, "--max-position-embeddings", {"max_position_embeddings": 1024}),
-    "position type": (1, {"position_embedding_type": "alibi"}, "--position-embedding-type",
-                      {"position_embedding_type": "rotary", "max_position_embeddings": 2}),
-    "norm": (1, {"normalization": "batchnorm"}, "--normalization", {"normalization": "rmsnorm"}),
-    "halves": (1, {"bf16": True, "fp16": True}, "--fp16 and --bf16", {"bf16": True}),
-    "fp16": (1, {"fp16": True}, "--fp16", {}),
-    "zero": (1, {"zero_stage": 0, "use_distributed_optimizer": True}, "--use-distributed-optimizer",
-             {"zero_stage": 1, "use_distributed_optimizer": True}),
-    "warm-up": (1, {"lr_warmup_iters": 100}, "--lr-warmup-iters", {"lr_warmup_iters": 99}),
-    "data": (1, {"mock_data": None}, "--data-path", {"mock_data": None, "data_path": "x"}),
-    "no data is no fault of a plan": (1, {"mock_data": None}, "--data-path", {"mock_data": None, "dry_run": True}),
-    "split": (1, {"split": "1,2,3,4"}, "--split", {"split": "969, 30, 1"}),
-    "log interval": (1, {"log_interval": 0}, "--log-interval", {"log_interval": 1}),
-    "dropout": (1, {"hidden_dropout": 1}, "--hidden-dropout", {"hidden_dropout": 0}),
-    "count": (1, {"eval_interval": 0}, "--eval-interval", {"eval_interval": 1}),
-    "seed": (1, {"seed": -1}, "--seed", {"seed": 0}),
-    "rope base": (1, {"rotary_base": 0}, "--rotary-base", {"rotary_base": 0.5}),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_rule_its_neighbour_and_its_way_out(rule: str) -> None:
-    world_size, broken, subject, legal = RULES[rule]
-    plan(world_size, **legal)
-    with pytest.raises(ConfigErrors) as caught:
-        plan(world_size, **broken)
-    (error,) = caught.value.errors
-    assert error.subject.startswith(subject) or subject in error.subject
-    assert error.found
-    assert error.expected
-    offered = ways_out(error.fix, world_size)
-    for changes, ranks in offered:
-        plan(ranks, **broken | changes)
-    if not offered:
-        assert error.fix, rule  # a sentence
-
-
-def ways_out(fix: str, world_size: int) -> list[tuple[dict[str, Value], int]]:
-    """Every alternative of a message that can be typed as it stands: what it changes, and on how many ranks."""
-    out: list[tuple[dict[str, Value], int]] = []
-    for option in re.split(r", or |, ", fix):
-        flags = re.findall(r"--([a-z0-9-]+)(?: ([\d.,e-]+|[a-z]+$|[A-Z]\w+))?", option)
-        changes = {name.replace("-", "_"): value or True for name, value in flags}
-        ranks = re.fullmatch(r"start (\d+) ranks", option)
-        if ranks:
-            out.append(({}, int(ranks[1])))
-        elif option.startswith("--") and "PREFIX" not in option and "DIR" not in option and " out" not in option:
-            out.append((changes | ({"fp16": None} if "bf16" in changes else {}), world_size))
-    return out
-
-
-def test_ways_out_are_read_as_they_are_meant() -> None:
-    fix = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 1, or --num-layers 4, or start 6 ranks"
-    two = {"tensor_model_parallel_size": "2", "pipeline_model_parallel_size": "1"}
-    assert ways_out(fix, 8) == [(two, 8), ({"num_layers": "4"}, 8), ({}, 6)]
-    assert ways_out("leave --save out", 1) == []
-
-
-def test_most_rules_offer_something_to_type() -> None:
-    typed = 0
-    for world_size, broken, _, _ in RULES.values():
-        with pytest.raises(ConfigErrors) as caught:
-            plan(world_size, **broken)
-        typed += bool(ways_out(caught.value.errors[0].fix, world_size))
-    assert typed >= len(RULES) - 6
-
-
-def test_what_is_missing_is_told_before_what_does_not_fit_together() -> None:
-    with pytest.raises(ConfigErrors) as caught:
-        plan(3, lr=None, num_layers=None, tensor_model_parallel_size=2, seed=-1)
-    assert [error.subject for error in caught.value.errors] == ["--num-layers --lr", "--seed"]
 
 
 # ---- the dry run: figures that a user could work out on paper

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import accumulate, repeat
 from typing import NamedTuple
 
 import torch
@@ -25,13 +26,12 @@ from megatron_ds.kernels.attention import causal_attention
 from megatron_ds.kernels.table import Kernels
 from megatron_ds.model.runtime import WeightGrads
 from megatron_ds.parallel.collectives import all_reduce
-from megatron_ds.parallel.context import ParallelContext
+from megatron_ds.parallel.context import ParallelContext, coordinates
 from megatron_ds.parallel.rng import DropoutStreams
 from megatron_ds.pipeline.schedule import COMMUNICATION, Action, Actions, Kind
-from megatron_ds.pipeline.simulate import Report, check
 from megatron_ds.timers import Timers
 from megatron_ds.training.engine import Engine, build_engine
-from megatron_ds.training.memory import Footprint, footprints
+from megatron_ds.training.memory import footprints
 from megatron_ds.training.run import Recipe, Run, Stage
 from megatron_ds.training.step import Totals, take
 
@@ -42,27 +42,21 @@ Sent = Counter[str]
 
 
 class Held(NamedTuple):
-    """What a rank keeps between steps."""
+    """What a rank keeps between steps; bytes with the padding of the buckets."""
 
     parameters: int
     params_bytes: int
     grads_bytes: int
     optimizer_bytes: int
 
-    @property
-    def total_bytes(self) -> int:
-        """Everything together."""
-        return self.params_bytes + self.grads_bytes + self.optimizer_bytes
-
 
 @dataclass(frozen=True)
 class Costs:
     """Of one rank in one step.
 
-    activation_bytes: most that was kept for later backwards, between two actions.
-    peak_bytes: the same with what the running action needs besides.
+    activation_bytes: most that is kept between two actions, because later backwards need it.
+    peak_bytes: most while an action runs, with what that needs besides.
     live: most micro-batches whose activations are kept; one that is so for one of v chunks counts 1/v.
-    idle: share of the step without work.
     """
 
     num_microbatches: int
@@ -71,7 +65,12 @@ class Costs:
     activation_bytes: int
     peak_bytes: int
     live: float
-    idle: float
+
+    @property
+    def total_bytes(self) -> int:
+        """The most that the rank needs at once, as far as it is counted."""
+        _, *kept = self.held
+        return sum(kept) + self.peak_bytes
 
 
 @dataclass(frozen=True)
@@ -100,9 +99,8 @@ class Paper:
 
 def predict(run: Run, recipe: Recipe, rank: int, num_microbatches: int) -> Costs:
     """What a step of so many micro-batches costs any rank of the plan; see Note [Prediction on paper]."""
-    actions = run.plan.actions(num_microbatches)
-    stage = rank // (run.plan.world_size // run.plan.sizes["pp"])
-    return in_all(on_paper(run, recipe, rank), actions[stage], check(actions), stage, num_microbatches)
+    stage = coordinates(rank, run.plan.sizes)["pp"]
+    return in_all(on_paper(run, recipe, rank), run.plan.actions(num_microbatches)[stage], num_microbatches)
 
 
 def on_paper(run: Run, recipe: Recipe, rank: int) -> Paper:
@@ -124,8 +122,8 @@ def kind_of(stage: Stage) -> tuple[int, bool, bool]:
     return stage.stop - stage.start, stage.is_first, stage.is_last
 
 
-def in_all(paper: Paper, actions: Actions, report: Report, stage: int, num_microbatches: int) -> Costs:
-    """Add up the actions of a rank of the stage; `report` is of all stages."""
+def in_all(paper: Paper, actions: Actions, num_microbatches: int) -> Costs:
+    """Add up a rank's actions."""
     sent, kept, most_kept, most = Counter(paper.step), 0, 0, 0
     for action in actions:
         chunk = paper.chunks[action.chunk]
@@ -136,12 +134,12 @@ def in_all(paper: Paper, actions: Actions, report: Report, stage: int, num_micro
         most = max(most, kept + chunk.needs[action.kind])
         kept += chunk.keeps[action.kind]
         most_kept = max(most_kept, kept)
-    live = report.peak_live[stage] / len(paper.chunks)
-    return Costs(num_microbatches, paper.held, sent, most_kept, most, live, report.idle[stage])
+    live = most_live([action.kind for action in actions]) / len(paper.chunks)
+    return Costs(num_microbatches, paper.held, sent, most_kept, most, live)
 
 
 def held(engine: Engine) -> Held:
-    """Sums over the engine's own tensors; padding of the buckets included."""
+    """Sums over the engine's own tensors."""
     buckets, optimizer = list(engine.buckets), engine.optimizer
     masters = [m for b in buckets if not optimizer.model_is_master(b) for m in [optimizer.masters[id(b)]]]
     moments = [moment for segment in optimizer.segments for moment in (segment.exp_avg, segment.exp_avg_sq)]
@@ -155,26 +153,21 @@ def held(engine: Engine) -> Held:
 
 def sent_so_far(parallel: ParallelContext) -> Sent:
     """The counters of all axes."""
-    return Counter(
-        {f"{axis.name} {name}": n for axis in parallel.axes for name, n in axis.traffic.sent_bytes.items()}
-    )
+    return Counter({f"{axis.name} {name}": n for axis in parallel.axes for name, n in axis.traffic.sent_bytes.items()})
 
 
-def most_live(found: list[Footprint], num_chunks: int) -> float:
-    """Most micro-batches between F and B or W."""
-    live = most = 0
-    for action in found:
-        live += (action.kind is Kind.F) - (action.kind in (Kind.B, Kind.W))
-        most = max(most, live)
-    return most / num_chunks
+def most_live(order: Sequence[Kind]) -> int:
+    """Most micro-batches of any chunk between F and B or W."""
+    return max(accumulate((kind is Kind.F) - (kind in (Kind.B, Kind.W)) for kind in order))
 
 
 def _paper_run(run: Run, rank: int) -> Run:
     """The run as that rank would see it, without memory and without other ranks."""
+    on_gpu = Kernels(attention=_flash, bias_dropout_add=_bias_dropout_add)
     return dataclasses.replace(
         run,
         parallel=ParallelContext.on_paper(run.plan.sizes, rank),
-        kernels=run.kernels if run.device.type == "cpu" else dataclasses.replace(Kernels(), attention=_flash),
+        kernels=run.kernels if run.device.type == "cpu" else on_gpu,
         device=torch.device("cpu"),
         streams=DropoutStreams(run.config.training.seed),
         weight_grads=WeightGrads(),
@@ -182,8 +175,16 @@ def _paper_run(run: Run, rank: int) -> Run:
 
 
 def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
-    """On GPUs attention drops out without keeping a matrix of s x s; on CPUs it cannot."""
+    """GPUs drop out inside the attention; torch on CPUs would keep a matrix of s x s."""
     return causal_attention(q, k, v, 0.0)
+
+
+def _bias_dropout_add(
+    x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor, dropout: float
+) -> torch.Tensor:
+    """With masks of one byte, as on GPUs; torch on CPUs keeps factors of x's precision."""
+    x = x if bias is None else x + bias
+    return residual + (torch.native_dropout(x, dropout, True)[0] if dropout else x)
 
 
 def _try_chunk(engine: Engine, number: int) -> ChunkCosts:

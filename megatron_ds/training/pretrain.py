@@ -18,6 +18,7 @@ from megatron_ds import log
 from megatron_ds.config import Config, parse
 from megatron_ds.data.loader import MicrobatchLoader
 from megatron_ds.data.tokenizer import Tokenizer, build_tokenizer, planned_vocab_size
+from megatron_ds.deepspeed_json import Merged, merge
 from megatron_ds.errors import EXIT_FAULT, EXIT_RESUBMIT, EXIT_TERMINATED, ConfigError, ConfigErrors, UserError
 from megatron_ds.kernels.table import Kernels
 from megatron_ds.optim.lr import lr_schedule
@@ -27,6 +28,7 @@ from megatron_ds.parallel.context import ParallelContext
 from megatron_ds.parallel.rng import DropoutStreams
 from megatron_ds.plan import Plan, SampleCounts, continue_from, make_plan, samples_from
 from megatron_ds.rules import check_config
+from megatron_ds.rules_layout import ranks_per_replica
 from megatron_ds.timers import Timers
 from megatron_ds.training import dry_run
 from megatron_ds.training.engine import Engine, build_engine
@@ -37,6 +39,7 @@ from megatron_ds.training.progress import Progress
 from megatron_ds.training.resume import agree_on_checkpoint, check_save_directory, checkpoint_to_load, load_checkpoint
 from megatron_ds.training.run import Datasets, DatasetsProvider, ForwardStep, ModelProvider, Recipe, Run
 from megatron_ds.training.signals import StopRequest
+from megatron_ds.training.verify import verify
 
 
 def pretrain(
@@ -60,18 +63,23 @@ def pretrain(
 def _main(recipe: Recipe, defaults: Mapping[str, Any], argv: Sequence[str], stop: StopRequest) -> int:
     begun = time.monotonic()
     launch.adopt_environment()
-    config = parse(argv, defaults)
+    typed = parse(argv, defaults)
+    world_size = _planned_world_size(typed) if typed.training.dry_run else log.world_size()
+    merged = merge(typed, world_size)
+    config = merged.config
+    check_config(config, world_size)
     if config.training.dry_run:
-        return _dry_run(recipe, config)
+        return _dry_run(recipe, merged, world_size)
     stop.listen()
-    check_config(config, log.world_size())
     device = _device(config)
+    if config.training.verify_parallel:
+        return verify(recipe, config, device)
     tokenizer = _tokenizer(config)
     vocab_size = tokenizer.vocab_size if tokenizer else planned_vocab_size(config.tokenizer, "GPT2BPETokenizer")[0]
     plan = make_plan(config, log.world_size(), vocab_size)
     checkpoint = checkpoint_to_load(config)
     check_save_directory(config)
-    _announce(config, plan)
+    _announce(merged, plan)
     run = _join(config, plan, tokenizer, device)
     agree_on_checkpoint(checkpoint, run.parallel.world)
     engine = build_engine(run, recipe)
@@ -167,18 +175,31 @@ def _loader(run: Run, dataset: Any, consumed_samples: int) -> MicrobatchLoader:
     )
 
 
-def _dry_run(recipe: Recipe, config: Config) -> int:
+def _planned_world_size(config: Config) -> int:
+    """How many ranks a dry run is about: what was asked for, else what was launched, else the fewest possible."""
     parallel = config.parallel
-    world_size = parallel.world_size or log.world_size()
-    if parallel.world_size is None and world_size == 1:
-        world_size = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-        log.info(f"no --world-size given: planning for {world_size}, the smallest that this layout runs on\n")
+    if parallel.world_size is not None or log.world_size() > 1:
+        return parallel.world_size or log.world_size()
+    world_size = max(1, ranks_per_replica(parallel))
+    log.info(f"no --world-size given: planning for {world_size}, the smallest that this layout runs on\n")
+    return world_size
+
+
+def _dry_run(recipe: Recipe, merged: Merged, world_size: int) -> int:
+    config = merged.config
     vocab_size, note = planned_vocab_size(config.tokenizer, "GPT2BPETokenizer")
     plan = make_plan(config, world_size, vocab_size)
-    device = torch.device("cpu")
-    run = Run(config, plan, ParallelContext.solo(), Kernels(), device, None, DropoutStreams(0))
+    run = Run(config, plan, ParallelContext.solo(), Kernels(), torch.device("cpu"), None, DropoutStreams(0))
+    _say_merged(merged)
     log.info(dry_run.report(run, recipe, note))
     return 0
+
+
+def _say_merged(merged: Merged) -> None:
+    """What ds_config.json changed."""
+    for text in (merged.table(), *merged.notes):
+        if text:
+            log.info(text)
 
 
 def _tokenizer(config: Config) -> Tokenizer | None:
@@ -226,13 +247,15 @@ def _join(config: Config, plan: Plan, tokenizer: Tokenizer | None, device: torch
     return Run(config, plan, parallel, Kernels(), device, tokenizer, streams)
 
 
-def _announce(config: Config, plan: Plan) -> None:
-    sizes, vocab = plan.sizes, plan.vocab
+def _announce(merged: Merged, plan: Plan) -> None:
+    config, sizes, vocab = merged.config, plan.sizes, plan.vocab
     log.info(
         f"using world size: {plan.world_size}, data-parallel-size: {sizes['dp']}, "
-        f"tensor-model-parallel size: {sizes['tp']}, pipeline-model-parallel size: {sizes['pp']} "
+        + (f"context-parallel-size: {sizes['cp']}, " if sizes["cp"] > 1 else "")
+        + f"tensor-model-parallel size: {sizes['tp']}, pipeline-model-parallel size: {sizes['pp']} "
     )
     log.info(config.describe())
+    _say_merged(merged)
     if config.compat.used():
         log.info(f"accepted, without effect (see --help): {' '.join(config.compat.used())}")
     dummies = vocab.padded - vocab.size
@@ -249,7 +272,7 @@ def _say_size(engine: Engine) -> None:
     count = sum(parameter.numel() for chunk in engine.chunks for parameter in chunk.parameters())
     where = f"({parallel.tp.rank}, {parallel.pp.rank})"
     line = f" > number of parameters on (tensor, pipeline) model parallel rank {where}: {count}"
-    for row in gather_bytes(line.encode() if parallel.dp.is_first else b"", parallel.world):
+    for row in gather_bytes(line.encode() if parallel.dp_cp.is_first else b"", parallel.world):
         if row:
             log.info(row.decode())
 

@@ -11,15 +11,16 @@ from megatron_ds.model.config import TransformerConfig
 from megatron_ds.model.embedding import Vocab
 from megatron_ds.model.gpt import GPTModel, Stage
 from megatron_ds.model.init import initial_values
-from megatron_ds.parallel.context import Axis
+from megatron_ds.model.runtime import Runtime
+from megatron_ds.parallel.context import Axis, Sharding
 from megatron_ds.parallel.spec import ParamSpec
 
 CONFIG = TransformerConfig(num_layers=4, hidden_size=128, num_attention_heads=4, num_key_value_heads=4, swiglu=True)
 
 
 def table(stage: Stage, tp: int = 1) -> dict[str, ParamSpec]:
-    vocab = Vocab(131, 128 * (1 + tp))
-    return GPTModel(CONFIG, vocab, stage, tp=Axis("tp", tp, 0), max_positions=16, device="meta").table()
+    vocab, runtime = Vocab(131, 128 * (1 + tp)), Runtime(Sharding(Axis("tp", tp, 0)))
+    return GPTModel(CONFIG, vocab, stage, max_positions=16, runtime=runtime, device="meta").table()
 
 
 WHOLE = table(Stage(0, 4, True, True))

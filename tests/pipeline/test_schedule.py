@@ -9,7 +9,7 @@ import pytest
 from torch.distributed.pipelining import schedules as torch_schedules
 
 from megatron_ds.pipeline.schedule import Action, Kind, ScheduleError, build, peer, runs, timeline
-from tests.pipeline.by_hand import MESSAGES, SENDS, finish_times, meeting, parse, posted, rendezvous, work, words
+from tests.pipeline.by_hand import MESSAGES, SENDS, finish_times, meeting, parse, posted, rendezvous, words, work
 
 SHAPES = [
     *((name, p, 1, m) for name in ("1f1b", "gpipe", "zbh1") for p in (1, 2, 3, 4, 8) for m in (1, 2, 5, 8, 17)),
@@ -86,7 +86,7 @@ def test_orders_are_those_of_torch(stages, rounds):
 
 
 def test_messages_of_three_stages():
-    # Worked out on paper with F = 1, B = 2. Stage 0 is done with F2 at 3, when stage 1 waits for B0 (5 to 7), so that rF2
+    # Worked out on paper with F = 1, B = 2. Stage 0 is done with F2 at 3, when stage 1 waits for B0, so that rF2
     # stands there although F2 follows B0. Stage 1 is done with its F2 at 8, just as stage 2 is done with B1.
     assert [posted(actions) for actions in build("1f1b", 3, 1, 3)] == [
         "F0 [sF0] F1 [sF1] F2 [sF2 rB0] B0 [rB1] B1 [rB2] B2 R",

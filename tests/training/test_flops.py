@@ -10,7 +10,7 @@ from megatron_ds.kernels.table import Kernels
 from megatron_ds.model.config import TransformerConfig
 from megatron_ds.model.embedding import Vocab
 from megatron_ds.model.gpt import GPTModel, Stage
-from megatron_ds.parallel.context import Axis
+from megatron_ds.model.runtime import Runtime
 
 CONFIGS = {
     "gpt2": TransformerConfig(num_layers=3, hidden_size=64, num_attention_heads=4),
@@ -35,8 +35,8 @@ def explicit_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropou
 def test_counted_flops_equal_torchs(name: str) -> None:
     vocab, s, b = Vocab(100, 128), 16, 2
     model = GPTModel(
-        CONFIGS[name], vocab, Stage(0, CONFIGS[name].num_layers or 0, True, True), tp=Axis.solo("tp"),
-        kernels=Kernels(attention=explicit_attention), max_positions=s, device="meta",
+        CONFIGS[name], vocab, Stage(0, CONFIGS[name].num_layers or 0, True, True),
+        runtime=Runtime(kernels=Kernels(attention=explicit_attention)), max_positions=s, device="meta",
     ).to_empty(device="cpu").eval()  # fmt: skip
     tokens, positions = torch.zeros(b, s, dtype=torch.int64), torch.arange(s).expand(b, -1)
     with FlopCounterMode(display=False) as counter:

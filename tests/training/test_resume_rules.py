@@ -130,7 +130,7 @@ def test_each_validation_reads_on_where_the_last_one_stopped(tmp_path: Path) -> 
 
 
 def loss_scale(argv: list[str]) -> float:
-    return start(argv).executor.loss_scale
+    return start(argv).normaliser
 
 
 @pytest.mark.parametrize("batch", [2, 6, 10, 14])
