@@ -33,11 +33,11 @@ LAYOUT_CHECKS: tuple[Callable[[Config, int, Ways], Iterator[ConfigError]], ...] 
     check_distribution,
     check_batch,
 )
-"""Every rule that a change of layout may break or mend."""
+"""Every rule that a change of layout may break or mend; the batch's comes last."""
 
 
 class Layout(NamedTuple):
-    """The flags that the search may change."""
+    """The flags that the search may change; from the schedule on it only leaves them out."""
 
     tensor_model_parallel_size: int
     context_parallel_size: int
@@ -46,8 +46,10 @@ class Layout(NamedTuple):
     sequence_parallel: bool
     num_layers_per_virtual_pipeline_stage: int | None
     num_virtual_stages_per_pipeline_rank: int | None
+    pipeline_schedule: str | None
     decoder_first_pipeline_num_layers: int | None
     decoder_last_pipeline_num_layers: int | None
+    pp_partition_method: str | None
 
 
 def find_ways(config: Config, world_size: int) -> Ways:
@@ -97,15 +99,16 @@ def _proposal(
 def _candidates(asked: Layout, config: Config, world_size: int) -> Iterator[Layout]:
     """Every layout on these ranks that uses no axis but tp and pp unless it was asked for."""
     layers = config.model.num_layers or 1
+    schedules = {asked.pipeline_schedule, None if asked.pipeline_schedule == "interleaved" else asked.pipeline_schedule}
     for tp in divisors(world_size):
         # Without tensor parallelism --sequence-parallel does nothing, so that it may stay.
         cuts = (True, False) if asked.sequence_parallel and tp > 1 else (asked.sequence_parallel,)
         for ring, ulysses in _context_sizes(asked, world_size // tp):
             for pp in divisors(world_size // (tp * ring * ulysses)):
-                for cut, virtual, ends in product(
-                    cuts, _virtual(asked, config, layers // pp), (asked[-2:], (None, None))
-                ):
-                    yield Layout(tp, ring, ulysses, pp, cut, *virtual, *ends)
+                for cut, (per_chunk, per_rank), schedule in product(cuts, _virtual(asked, layers // pp), schedules):
+                    even = Layout(tp, ring, ulysses, pp, cut, per_chunk, per_rank, schedule, None, None, None)
+                    yield even
+                    yield Layout(*even[:-3], *asked[-3:])
 
 
 def _context_sizes(asked: Layout, ranks: int) -> Iterator[tuple[int, int]]:
@@ -117,12 +120,12 @@ def _context_sizes(asked: Layout, ranks: int) -> Iterator[tuple[int, int]]:
             yield 1, size
 
 
-def _virtual(asked: Layout, config: Config, layers_of_stage: int) -> Iterator[tuple[int | None, int | None]]:
+def _virtual(asked: Layout, layers_of_stage: int) -> Iterator[tuple[int | None, int | None]]:
     """Ways to cut a stage: as it was asked for, not at all, otherwise."""
     per_chunk, per_rank = asked.num_layers_per_virtual_pipeline_stage, asked.num_virtual_stages_per_pipeline_rank
     yield per_chunk, per_rank
     yield None, None
-    if per_chunk or per_rank or config.parallel.pipeline_schedule == "interleaved":
+    if per_chunk or per_rank or asked.pipeline_schedule == "interleaved":
         for size in divisors(layers_of_stage)[1:] if layers_of_stage else ():
             yield (layers_of_stage // size, None) if per_chunk else (None, size)
 
@@ -131,9 +134,9 @@ def _distance(asked: Layout, found: Layout) -> float:
     """How far a layout is from what was asked for: doublings of sizes, and a little for what is left out."""
     far = sum(abs(math.log2(wanted / size)) for wanted, size in zip(asked[:4], found[:4], strict=True))
     far += 0.5 * (asked.sequence_parallel != found.sequence_parallel)
-    for wanted, number in zip(asked[5:], found[5:], strict=True):
-        if wanted != number:
-            far += abs(math.log2(wanted / number)) if wanted and number else 0.75
+    for wanted, other in zip(asked[5:], found[5:], strict=True):
+        if wanted != other:
+            far += abs(math.log2(wanted / other)) if isinstance(wanted, int) and isinstance(other, int) else 0.75
     return far
 
 

@@ -75,8 +75,8 @@ class Plan:
         return self._microbatches(self.global_batch_at(consumed_samples))
 
     def actions(self, num_microbatches: int) -> tuple[Actions, ...]:
-        """What each stage does in a step of so many micro-batches."""
-        return build(self.schedule, self.sizes["pp"], self.num_chunks, num_microbatches)
+        """What each stage does in a step of so many micro-batches; ZeRO-2 reduces the gradients of each by itself."""
+        return build(self.schedule, self.sizes["pp"], self.num_chunks, num_microbatches, self.zero_stage == 2)
 
     def _microbatches(self, global_batch: int) -> int:
         return global_batch // (self.micro_batch_size * self.sizes["dp"])

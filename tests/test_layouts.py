@@ -13,7 +13,6 @@ from megatron_ds.rules import check_config
 from tests.helpers.recipe import Value
 from tests.test_rules import config, ways_out
 
-
 BASE_CONFIG = config({})
 
 

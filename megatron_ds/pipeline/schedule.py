@@ -239,18 +239,20 @@ _MESSAGE, _REDUCTION, _COMPUTE = range(3)
 
 
 @lru_cache
-def build(name: ScheduleName, num_stages: int, num_chunks: int, num_microbatches: int) -> tuple[Actions, ...]:
-    """The actions of every stage, messages included.
+def build(
+    name: ScheduleName, num_stages: int, num_chunks: int, num_microbatches: int, reduce_each: bool = False
+) -> tuple[Actions, ...]:
+    """The actions of every stage, messages included; gradients are reduced once per chunk, or after each micro-batch.
 
     Raises: ScheduleError for several chunks where the schedule or a single stage cannot have them
     """
     if num_chunks > 1 and (name not in ("interleaved", "forward") or num_stages == 1):
         raise ScheduleError(f"{name} on {num_stages} stages cannot have {num_chunks} chunks per stage")
     orders = [_ORDERS[name](stage, num_stages, num_chunks, num_microbatches) for stage in range(num_stages)]
-    return with_messages(orders, num_chunks)
+    return with_messages(orders, num_chunks, reduce_each)
 
 
-def with_messages(orders: Sequence[Actions], num_chunks: int) -> tuple[Actions, ...]:
+def with_messages(orders: Sequence[Actions], num_chunks: int, reduce_each: bool = False) -> tuple[Actions, ...]:
     """Orders with their messages and reductions; see Note [Where messages stand]."""
     placed: list[list[tuple[float, int, int, Action]]] = [[] for _ in orders]
     number = 0
@@ -265,6 +267,6 @@ def with_messages(orders: Sequence[Actions], num_chunks: int) -> tuple[Actions, 
                 other = peer(send, stage, len(orders))
                 placed[stage].append((end, _MESSAGE, number, send))
                 placed[other].append((end, _MESSAGE, number, answer(send, stage, len(orders))))
-            if action is completes.get(action.chunk):
+            if action is completes.get(action.chunk) or (reduce_each and action.kind in (Kind.B, Kind.W)):
                 placed[stage].append((next_start, _REDUCTION, number, action._replace(kind=Kind.REDUCE)))
     return tuple(tuple(action for *_, action in sorted(entries, key=itemgetter(0, 1, 2))) for entries in placed)

@@ -131,14 +131,19 @@ def _check_stage(actions: Sequence[Action], stage: int, size: _Size) -> None:
 
 
 def _check_reduce(actions: Sequence[Action], stage: int, chunk: int) -> None:
-    at = [i for i, a in enumerate(actions) if a.kind is Kind.REDUCE and a.chunk == chunk]
-    if len(at) != 1:
-        raise ScheduleError(f"stage {stage}: chunk {chunk} is reduced {len(at)} times, expected once")
-    last = max(i for i, a in enumerate(actions) if a.kind in (Kind.B, Kind.W) and a.chunk == chunk)
-    if at[0] < last:
-        raise ScheduleError(f"stage {stage}: {actions[at[0]]} stands before {actions[last]}")
-    if actions[at[0]].microbatch != actions[last].microbatch:
-        raise ScheduleError(f"stage {stage}: REDUCE bears micro-batch {actions[at[0]].microbatch}, not {actions[last]}")
+    """Once after the chunk's last backward, or right after every one of them."""
+    backwards = [a for a in actions if a.kind in (Kind.B, Kind.W) and a.chunk == chunk]
+    reductions = [a for a in actions if a.kind is Kind.REDUCE and a.chunk == chunk]
+    for wanted in (backwards[-1:], backwards):
+        if [a.microbatch for a in reductions] == [a.microbatch for a in wanted]:
+            break
+    else:
+        times = f"{len(reductions)} times" if len(reductions) != 1 else f"for micro-batch {reductions[0].microbatch}"
+        raise ScheduleError(f"stage {stage}: chunk {chunk} is reduced {times}, expected once, for {backwards[-1]}")
+    for backward, reduction in zip(wanted, reductions, strict=True):
+        following = list(actions[actions.index(reduction) :])
+        if backward in following:
+            raise ScheduleError(f"stage {stage}: {reduction} stands before {backward}")
 
 
 def _peak_live(actions: Sequence[Action]) -> int:

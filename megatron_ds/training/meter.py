@@ -20,6 +20,7 @@ from megatron_ds.pipeline.simulate import check
 from megatron_ds.training.costs import Costs, Held, held, most_live, predict, sent_so_far
 from megatron_ds.training.engine import Engine
 from megatron_ds.training.memory import footprints
+from megatron_ds.training.progress import Progress
 from megatron_ds.training.run import Recipe
 
 
@@ -53,22 +54,27 @@ def _costs(fields: Mapping[str, Any]) -> Costs:
 
 
 class Meter:
-    """Measures a rank's steps: bytes in the first step of the most micro-batches, times in all others."""
+    """Measures a rank's steps: bytes in the first step of the most micro-batches that is not skipped, times in others."""
 
     def __init__(self, engine: Engine):
         self.engine, do = engine, engine.executor.do
         self.costs: Costs | None = None
-        self.allocated_bytes = 0
+        self.allocated_bytes, self.weighed_at = 0, -1
         self.waited_s = self.reduced_s = self.reduced_at = 0.0
         do[Kind.REDUCE] = partial(self._reduce, do[Kind.REDUCE])
 
     @contextmanager
-    def step(self, consumed_samples: int) -> Iterator[None]:
-        """Around a training step."""
-        num_microbatches = self.engine.run.plan.num_microbatches_at(consumed_samples)
-        weighs = self.costs is None or num_microbatches > self.costs.num_microbatches
-        with self._weighed(num_microbatches) if weighs else self._timed():
-            yield
+    def step(self, progress: Progress) -> Iterator[None]:
+        """Around a training step that starts from there."""
+        num_microbatches = self.engine.run.plan.num_microbatches_at(progress.consumed_samples)
+        was_skipped = progress.optimizer_steps == self.weighed_at  # and did not gather parameters
+        if self.costs is None or was_skipped or num_microbatches > self.costs.num_microbatches:
+            self.weighed_at = progress.optimizer_steps
+            with self._weighed(num_microbatches):
+                yield
+        else:
+            with self._timed():
+                yield
 
     @contextmanager
     def _weighed(self, num_microbatches: int) -> Iterator[None]:
@@ -118,7 +124,7 @@ class Meter:
 
 
 def page(accounts: Sequence[Account], planned_idle: Sequence[float]) -> str:
-    """A table per stage, from what all ranks have to say, in order, and the idle share of each stage by the schedule."""
+    """A table per stage: what all ranks say, in order, and the idle share of each stage by the schedule."""
     stages: dict[int, list[int]] = {}
     for rank, account in enumerate(accounts):
         stages.setdefault(account.stage, []).append(rank)

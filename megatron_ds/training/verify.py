@@ -49,6 +49,10 @@ class Trained(NamedTuple):
     history: list[tuple[float, float]]
     gradients: list[list[Piece]]
 
+    def whole(self) -> list[dict[str, torch.Tensor]]:
+        """Every step's gradients, where one process has all of them."""
+        return [_assembled(pieces) for pieces in self.gradients]
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -169,27 +173,35 @@ def _compare(trained: Trained, truth: Trained, world: Axis) -> list[Finding]:
 
     Comm: one gather of bytes over the world
     """
-    mine = [_differences(pieces, whole) for pieces, whole in zip(trained.gradients, truth.gradients, strict=True)]
+    wholes = truth.whole()
+    mine = [_differences(pieces, whole) for pieces, whole in zip(trained.gradients, wholes, strict=True)]
     everyone = [json.loads(payload) for payload in gather_bytes(json.dumps(mine).encode(), world)]
     out = []
     for step, (one, other) in enumerate(zip(trained.history, truth.history, strict=True)):
         for what, found, true in zip(LIMITS, one, other, strict=True):
             out.append(Finding(step, what, _relative(abs(found - true), abs(true))))
-        for piece in truth.gradients[step]:
-            rows = [rank[step][piece.name] for rank in everyone if piece.name in rank[step]]
-            is_whole = sum(count for _, count in rows) == math.prod(piece.global_shape)
+        for name, gradient in wholes[step].items():
+            rows = [rank[step][name] for rank in everyone if name in rank[step]]
+            is_whole = sum(count for _, count in rows) == gradient.numel()
             error = max((_finite(difference) for difference, _ in rows), default=math.inf)
-            largest = piece.tensor.abs().max().item()
-            out.append(Finding(step, piece.name, _relative(error, largest) if is_whole else math.inf))
+            out.append(Finding(step, name, _relative(error, gradient.abs().max().item()) if is_whole else math.inf))
     return out
 
 
-def _differences(pieces: list[Piece], truth: list[Piece]) -> dict[str, tuple[float, int]]:
+def _assembled(pieces: list[Piece]) -> dict[str, torch.Tensor]:
+    out: dict[str, torch.Tensor] = {}
+    for piece in pieces:
+        whole = out.setdefault(piece.name, piece.tensor.new_zeros(piece.global_shape))
+        whole[piece.box.slices()] = piece.tensor
+    return out
+
+
+def _differences(pieces: list[Piece], truth: dict[str, torch.Tensor]) -> dict[str, tuple[float, int]]:
     """By parameter: the largest difference of this rank's elements, and how many these are."""
-    whole, out = {piece.name: piece.tensor for piece in truth}, dict[str, tuple[float, int]]()
+    out: dict[str, tuple[float, int]] = {}
     for piece in pieces:
         error, count = out.get(piece.name, (0.0, 0))
-        difference = (piece.tensor - whole[piece.name][piece.box.slices()]).abs().max().item()
+        difference = (piece.tensor - truth[piece.name][piece.box.slices()]).abs().max().item()
         out[piece.name] = max(_finite(error), _finite(difference)), count + piece.tensor.numel()
     return out
 

@@ -9,8 +9,8 @@ from tests.house.source import PACKAGE, Module, imports
 GROUND = ("cli", "errors", "log", "timers")
 ROOMS = {"parallel": 1, "kernels": 2, "model": 3, "data": 3, "pipeline": 4, "optim": 4, "checkpoint": 4, "training": 6}
 PLANNING = (
-    "batch", "compat", "config", "deepspeed_json", "layouts", "limits", "plan", "rules", "rules_batch", "rules_layout",
-    "rules_recompute", "stages", "ways",
+    "batch", "compat", "config", "deepspeed_json", "deepspeed_keys", "layouts", "limits", "plan", "rules",
+    "rules_batch", "rules_layout", "rules_recompute", "stages", "ways",
 )  # fmt: skip
 FRONT_DOOR = 7
 """`megatron_ds` itself: it offers `pretrain`, so nothing inside may import from it."""

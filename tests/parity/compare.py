@@ -12,7 +12,7 @@ import torch
 from tests.helpers.ranks import run_ranks
 from tests.parity.harness import Mask, Share, assemble, batches, train
 from tests.reference import gpt as oracle
-from tests.reference.gpt import OracleConfig
+from tests.reference.gpt import GlobalBatch, OracleConfig
 
 CLIP = 0.5
 
@@ -62,17 +62,28 @@ def initial(model: OracleConfig, std: float) -> dict[str, torch.Tensor]:
 def reference(
     model: OracleConfig, steps: int, mask: Mask = "uneven", optimizer: Optimizer = DEFAULT, std: float = 0.05
 ) -> oracle.Trained:
+    """The oracle's run on the harness's batches."""
+    return train_oracle(model, batches(model, steps, mask), optimizer, std, keep_gradients=True)
+
+
+def train_oracle(
+    model: OracleConfig,
+    global_batches: Sequence[GlobalBatch],
+    optimizer: Optimizer,
+    std: float,
+    keep_gradients: bool = False,
+) -> oracle.Trained:
     """The oracle's run in fp64, so that it adds no rounding of its own."""
     return oracle.train(
         initial(model, std),
         model,
-        [(tokens, labels, keep.double()) for tokens, labels, keep in batches(model, steps, mask)],
+        [(tokens, labels, keep.double()) for tokens, labels, keep in global_batches],
         lr_at=optimizer.lr_at,
         betas=(0.9, 0.95),
         eps=optimizer.eps,
         weight_decay=0.1,
         clip_grad=CLIP,
-        keep_gradients=True,
+        keep_gradients=keep_gradients,
     )
 
 

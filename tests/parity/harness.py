@@ -181,6 +181,17 @@ def train(argv: Sequence[str], params: dict[str, torch.Tensor], global_batches: 
     return share
 
 
+def train_without_gradients(
+    argv: Sequence[str], params: dict[str, torch.Tensor], global_batches: Sequence[GlobalBatch]
+) -> Share:
+    """Run on every rank: the same for many steps."""
+    engine = start(argv)
+    set_weights(engine, params)
+    _, share = steps(engine, fresh(engine), global_batches)
+    context.stop()
+    return share
+
+
 def train_and_save(argv: Sequence[str], params: dict[str, torch.Tensor], global_batches: Sequence[GlobalBatch]) -> Any:
     """Run on every rank: train from the given weights, save at the end."""
     engine = start(argv)

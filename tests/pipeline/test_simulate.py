@@ -167,5 +167,5 @@ def test_sends_that_only_buffers_could_save_are_a_deadlock():
 
 
 def test_reduce_must_name_the_last_backward():
-    with pytest.raises(ScheduleError, match="REDUCE bears micro-batch 0"):
+    with pytest.raises(ScheduleError, match="reduced for micro-batch 0"):
         check([parse("F0 B0 F1 B1 R", 0)])
