@@ -104,14 +104,14 @@ class OurStep:
         plan = make_plan(config, PROCESSES, task.workload.vocab)
         device = torch.device("cpu")
         self.parallel = context.start(config.parallel, plan.sizes, device)
-        run = Run(config, plan, self.parallel, Kernels(), device, None, DropoutStreams(0, 0))
+        run = Run(config, plan, self.parallel, Kernels(), device, None, DropoutStreams(0))
         recipe = Recipe(
             pretrain_gpt.train_valid_test_datasets_provider, pretrain_gpt.model_provider, pretrain_gpt.forward_step
         )
         self.engine = build_engine(run, recipe)
         self._load(initial_weights(task.weights))
         self.schedule = lr_schedule(config.lr, config.optimizer, None, plan.global_batch_size, 1000)
-        self.progress = Progress()
+        self.progress = Progress(loss_scale=self.engine.loss_scaling.start())
         self.positions = torch.arange(task.workload.seq).expand(task.workload.micro, -1)
         self.ones = torch.ones(task.workload.micro, task.workload.seq)
 
@@ -134,7 +134,7 @@ class OurStep:
         parts = micro_batches(batch, self.workload, dp.rank, dp.size)
         batches = (GPTBatch(tokens, labels, self.ones, self.positions) for tokens, labels in parts)
         result = train_step(self.engine, self.schedule, self.progress, batches, Timers(), stop=False, out_of_time=False)
-        self.progress = self.progress.after_step(len(batch[0]), result.skipped)
+        self.progress = self.progress.after_step(len(batch[0]), result.skipped, result.next_loss_scale)
         self.grad_norm = result.grad_norm
         return result.loss
 

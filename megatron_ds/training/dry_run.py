@@ -1,78 +1,61 @@
-"""--dry-run: what every rank would hold, do and send, from the plan alone; nothing is started, allocated or written."""
+"""--dry-run: what every rank would hold, do and send; nothing is started, allocated or written."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+
+import torch
 
 from megatron_ds.data.config import DataConfig
 from megatron_ds.data.indexed import bin_path, idx_path
-from megatron_ds.parallel.context import Axis, coordinates
+from megatron_ds.parallel.context import coordinates
 from megatron_ds.parallel.spec import ParamSpec
 from megatron_ds.pipeline.draw import draw
 from megatron_ds.pipeline.simulate import check
-from megatron_ds.training.run import Recipe, Run
+from megatron_ds.training.costs import Costs, Paper, in_all, kind_of, on_paper
+from megatron_ds.training.run import Recipe, Run, Stage
 
 GIB = 2**30
-STATE_BYTES = {"master": 4, "moments": 8, "grads": 4}
-
-
-@dataclasses.dataclass(frozen=True)
-class StageCost:
-    """Of one rank of a stage: parameters, and bytes of what is kept between and during steps."""
-
-    parameters: int
-    params_bytes: int
-    grads_bytes: int
-    optimizer_bytes: int
-    activation_bytes: int
-
-    @property
-    def total_bytes(self) -> int:
-        """Everything together."""
-        return self.params_bytes + self.grads_bytes + self.optimizer_bytes + self.activation_bytes
-
-
-def stage_tables(run: Run, recipe: Recipe) -> list[dict[str, ParamSpec]]:
-    """The parameter table of every stage, from models built without memory."""
-    tp = Axis("tp", run.plan.sizes["tp"], 0)
-    solo = dataclasses.replace(run, parallel=dataclasses.replace(run.parallel, tp=tp))
-    return [recipe.model(solo, stage).table() for stage in run.plan.stages]
-
-
-def stage_costs(run: Run, recipe: Recipe) -> list[StageCost]:
-    """What one rank of each stage holds; activations of the layers by the formula of Korthikanti et al. 2022."""
-    plan, tp, dp = run.plan, run.plan.sizes["tp"], run.plan.sizes["dp"]
-    report = check(plan.actions)
-    width = 2 if run.config.precision.bf16 else 4
-    out = []
-    for stage, table, live in zip(plan.stages, stage_tables(run, recipe), report.peak_live, strict=True):
-        count = sum(_numel(spec, tp) for spec in table.values())
-        state = (STATE_BYTES["moments"] + (STATE_BYTES["master"] if width == 2 else 0)) * count
-        per_layer = plan.seq_length * plan.micro_batch_size * (run.config.model.hidden_size or 0) * (10 + 24 / tp)
-        activations = int(per_layer * width / 2 * (stage.stop - stage.start) * live)
-        shard = dp if plan.zero_stage >= 1 else 1
-        out.append(StageCost(count, count * width, count * STATE_BYTES["grads"], -(-state // shard), activations))
-    return out
+UNKNOWN = (
+    "Not in these figures: fragmentation, NCCL's buffers, the CUDA context, what a kernel takes and gives back inside,",
+    "and what the optimizer needs while it updates.",
+)
 
 
 def report(run: Run, recipe: Recipe, vocab_note: str) -> str:
-    """The whole page."""
-    plan = run.plan
-    tables = stage_tables(run, recipe)
-    owned = [spec for table in tables for spec in table.values() if not spec.owned_by_first_stage]
-    total = sum(_global_numel(spec) for spec in owned)
+    """The whole page. Without --device cpu it is about GPUs."""
+    plan, config = run.plan, run.config
+    run = dataclasses.replace(run, device=torch.device("cpu" if config.parallel.device == "cpu" else "cuda"))
+    assert config.model.num_layers
+    table = recipe.model(run, Stage(0, config.model.num_layers, is_first=True, is_last=True)).table()
+    costs = stage_costs(run, recipe)
     sections = [
         _layout(run),
         _batch(run),
-        f"model\n  parameters       {total:,} (without the padding of the vocabulary)\n"
+        f"model\n  parameters       {sum(map(_numel, table.values())):,} (without the padding of the vocabulary)\n"
         f"  vocabulary       {plan.vocab.size:,} tokens, padded to {plan.vocab.padded:,} ({vocab_note})",
-        _memory(run, recipe),
-        _messages(run, recipe),
+        _memory(costs),
+        _activations(run, costs),
+        _messages(costs),
         _schedule(run),
-        _data(run.config.data),
+        _data(config.data),
         "dry run: nothing was started and nothing was written",
     ]
     return "\n\n".join(sections)
+
+
+def stage_costs(run: Run, recipe: Recipe) -> list[Costs]:
+    """Of a step of the full batch, for the first rank of every stage."""
+    plan, papers = run.plan, dict[tuple[tuple[int, bool, bool], ...], Paper]()
+    count, per_stage = plan.num_microbatches, plan.world_size // plan.sizes["pp"]
+    out = []
+    for stage, actions in enumerate(plan.actions(count)):
+        kinds = tuple(map(kind_of, plan.stages[stage]))
+        if kinds not in papers:
+            papers[kinds] = on_paper(run, recipe, stage * per_stage)
+        out.append(in_all(papers[kinds], actions, count))
+    return out
 
 
 def _layout(run: Run) -> str:
@@ -104,52 +87,50 @@ def _batch(run: Run) -> str:
     )
 
 
-def _memory(run: Run, recipe: Recipe) -> str:
-    lines = ["per rank (GiB; activations by formula, without the logits)"]
-    lines.append(
-        f"  {'stage':>5} {'parameters':>14} {'params':>8} {'grads':>8} {'optim':>8} {'activ.':>8} {'total':>8}"
-    )
-    for number, cost in enumerate(stage_costs(run, recipe)):
-        parts = (cost.params_bytes, cost.grads_bytes, cost.optimizer_bytes, cost.activation_bytes, cost.total_bytes)
-        lines.append(f"  {number:>5} {cost.parameters:>14,} " + " ".join(f"{part / GIB:>8.2f}" for part in parts))
+def _memory(costs: list[Costs]) -> str:
+    names = ("params", "grads", "optim", "activ.", "total")
+    lines = ["per rank (GiB at the fullest moment of a step)", _row("stage", f"{'parameters':>16}", names)]
+    for number, cost in enumerate(costs):
+        parameters, *held = cost.held
+        parts = (*held, cost.peak_bytes, cost.total_bytes)
+        lines.append(_row(number, f"{parameters:>16,}", [f"{part / GIB:.2f}" for part in parts]))
+    return "\n".join([*lines, *(f"  {line}" for line in UNKNOWN)])
+
+
+def _activations(run: Run, costs: list[Costs]) -> str:
+    """Comes with what the figures suppose."""
+    recompute = run.config.recompute
+    names = ("kept", "+ in use", "live")
+    lines = ["activations (GiB kept between actions, GiB that a running one needs besides, micro-batches kept)"]
+    lines.append(_row("stage", "", names))
+    for number, cost in enumerate(costs):
+        used = cost.peak_bytes - cost.activation_bytes
+        lines.append(_row(number, "", (f"{cost.activation_bytes / GIB:.2f}", f"{used / GIB:.2f}", f"{cost.live:.2f}")))
+    again = {None: "nothing", "full": f"whole layers ({recompute.method}, {recompute.num_layers})"}
+    what = again.get(recompute.granularity) or ", ".join(recompute.recompute_modules)
+    lines.append(f"  recomputed: {what}; attention as {'on CPUs' if run.device.type == 'cpu' else 'flash on GPUs'}")
+    if recompute.checkpoint_in_cpu:
+        lines.append("  --checkpoint-in-cpu moves the inputs of recomputed layers to the host; they are counted here")
     return "\n".join(lines)
 
 
-def sent_bytes(run: Run, recipe: Recipe) -> list[dict[str, int]]:
-    """Bytes that one rank of each stage hands to every axis in one step: the sizes of the tensors, whatever the wire.
-
-    tp: all-reduces of activations. pp: sends. dp: fp32 gradients, and with ZeRO-1 the parameters gathered.
-    embedding: the gradient of a tied table, first and last stage.
-    """
-    plan, width = run.plan, 2 if run.config.precision.bf16 else 4
-    tp, pp, dp = (plan.sizes[name] for name in ("tp", "pp", "dp"))
-    tokens = plan.seq_length * plan.micro_batch_size
-    activation = tokens * (run.config.model.hidden_size or 0) * width
-    out = []
-    for stage, table in zip(plan.stages, stage_tables(run, recipe), strict=True):
-        # Two blocks a layer, each with one all-reduce forward and one backward; the loss reduces three fp32 per token.
-        reduced = 4 * (stage.stop - stage.start) + stage.is_first + stage.is_last
-        per_microbatch = reduced * activation + (3 * 4 * tokens if stage.is_last else 0)
-        count = sum(_numel(spec, tp) for spec in table.values())
-        shared = sum(_numel(spec, tp) for spec in table.values() if spec.partial_over)
-        gathered = count * width if plan.zero_stage >= 1 else 0
-        out.append(
-            {
-                "tp": plan.num_microbatches * per_microbatch if tp > 1 else 0,
-                "pp": plan.num_microbatches * activation * (2 - stage.is_first - stage.is_last) if pp > 1 else 0,
-                "dp": count * STATE_BYTES["grads"] + gathered if dp > 1 else 0,
-                "embedding": shared * 4 // (dp if plan.zero_stage >= 1 else 1),
-            }
-        )
-    return out
-
-
-def _messages(run: Run, recipe: Recipe) -> str:
-    lines = ["sent per rank and step (GiB given to each axis)"]
-    lines.append(f"  {'stage':>5} " + " ".join(f"{name:>10}" for name in ("tp", "pp", "dp", "embedding")))
-    for number, sent in enumerate(sent_bytes(run, recipe)):
-        lines.append(f"  {number:>5} " + " ".join(f"{value / GIB:>10.3f}" for value in sent.values()))
+def _messages(costs: list[Costs]) -> str:
+    """Only collectives that somebody has."""
+    names = [name for name in dict.fromkeys(n for cost in costs for n in cost.sent) if not name.startswith("world ")]
+    if not names:
+        return "sent per rank and step\n  nothing: one rank"
+    lines = ["sent per rank and step (GiB that leave the rank; dp_cp is dp x cp)"]
+    for number in range(0, len(names), 5):
+        some = sorted(names)[number : number + 5]
+        lines.append(_row("stage", "", some, 21))
+        lines += [
+            _row(stage, "", [f"{cost.sent[name] / GIB:.3f}" for name in some], 21) for stage, cost in enumerate(costs)
+        ]
     return "\n".join(lines)
+
+
+def _row(stage: object, first: str, cells: Sequence[str], width: int = 9) -> str:
+    return f"  {stage:>5}{first}" + "".join(f"{cell:>{width}}" for cell in cells)
 
 
 def _schedule(run: Run) -> str:

@@ -62,9 +62,10 @@ def pretrain(
 
 def _main(recipe: Recipe, defaults: Mapping[str, Any], argv: Sequence[str], stop: StopRequest) -> int:
     begun = time.monotonic()
+    declared = os.environ.get("WORLD_SIZE", "1")
     launch.adopt_environment()
     typed = parse(argv, defaults)
-    world_size = _planned_world_size(typed) if typed.training.dry_run else log.world_size()
+    world_size = _planned_world_size(typed, declared) if typed.training.dry_run else log.world_size()
     merged = merge(typed, world_size)
     config = merged.config
     check_config(config, world_size)
@@ -175,11 +176,15 @@ def _loader(run: Run, dataset: Any, consumed_samples: int) -> MicrobatchLoader:
     )
 
 
-def _planned_world_size(config: Config) -> int:
-    """How many ranks a dry run is about: what was asked for, else what was launched, else the fewest possible."""
+def _planned_world_size(config: Config, declared: str) -> int:
+    """How many ranks a dry run is about: what was asked for, else what was launched, else the fewest possible.
+
+    declared: WORLD_SIZE as it was found; for a plan it need not come from a launcher.
+    """
     parallel = config.parallel
-    if parallel.world_size is not None or log.world_size() > 1:
-        return parallel.world_size or log.world_size()
+    launched = max(log.world_size(), int(declared) if declared.isdecimal() else 1)
+    if parallel.world_size is not None or launched > 1:
+        return parallel.world_size or launched
     world_size = max(1, ranks_per_replica(parallel))
     log.info(f"no --world-size given: planning for {world_size}, the smallest that this layout runs on\n")
     return world_size

@@ -85,10 +85,12 @@ def verify(recipe: Recipe, config: Config, device: torch.device) -> int:
     truth = _train(recipe, plain(small.config), small.vocab_size, device, ParallelContext.solo())
     trained, findings = _try(recipe, small.config, small.vocab_size, device, truth)
     log.info("\n".join(_table(trained, truth, findings)))
-    different = [finding for finding in findings if not finding.is_equal]
+    different = _different(findings)
     if different:
-        culprits = _search(recipe, small, device, truth)
-        log.info("\n".join(_verdict(different, culprits)))
+        worst = _first(different)
+        others = sum(finding.step == worst.step for finding in different) - 1
+        log.info(f"DIFFERENT: {worst}, and {others} other quantities of that step")
+        log.info(f"at fault: {_search(recipe, small, device, truth)}")
     elif world_size == 1:
         log.info("one process: there is no other rank to compare with; it agrees with itself")
     else:
@@ -288,39 +290,36 @@ def _without(name: str, flag: str, config: Config, **parallel: object) -> _Chang
     return _Change(name, flag, dataclasses.replace(config, parallel=changed))
 
 
-def _search(recipe: Recipe, small: Small, device: torch.device, truth: Trained) -> list[_Change]:
-    """The changes that make the difference vanish; each is told as soon as it is known."""
+def _search(recipe: Recipe, small: Small, device: torch.device, truth: Trained) -> str:
+    """Name the axis at fault; what becomes of each change is told as soon as it is known."""
     log.info("looking for the axis at fault: one thing put back at a time, data parallelism takes up the ranks")
-    out = []
     for change in _changes(small.config):
         try:
-            _, findings = _try(recipe, change.config, small.vocab_size, device, truth)
+            if _vanishes(change, recipe, small.vocab_size, device, truth):
+                return f"{change.name} ({change.flag}): without it the difference vanishes"
         except ConfigError as error:
             log.info(f"  without {change.name:<38} not possible: {error.subject}")
-            continue
-        different = [finding for finding in findings if not finding.is_equal]
-        log.info(f"  without {change.name:<38} {f'different: {_first(different)}' if different else 'equal'}")
-        out += [] if different else [change]
-    return out
+    alone = _Change("all but data parallelism", "", plain(small.config))
+    if log.world_size() == 1 or not _vanishes(alone, recipe, small.vocab_size, device, truth):
+        return "data parallelism: with everything else put back the ranks still differ from one process"
+    return "several axes together: no single change makes the difference vanish, all of them together do"
+
+
+def _vanishes(change: _Change, recipe: Recipe, vocab_size: int, device: torch.device, truth: Trained) -> bool:
+    _, findings = _try(recipe, change.config, vocab_size, device, truth)
+    different = _different(findings)
+    log.info(f"  without {change.name:<38} {f'different: {_first(different)}' if different else 'equal'}")
+    return not different
+
+
+def _different(findings: list[Finding]) -> list[Finding]:
+    return [finding for finding in findings if not finding.is_equal]
 
 
 def _first(different: list[Finding]) -> Finding:
     """The worst of the first step that differs, for later steps start from spoilt weights; a parameter before sums."""
-    step = different[0].step
-    here = [finding for finding in different if finding.step == step]
+    here = [finding for finding in different if finding.step == different[0].step]
     return max([finding for finding in here if finding.quantity not in LIMITS] or here, key=lambda f: f.error)
-
-
-def _verdict(different: list[Finding], culprits: list[_Change]) -> list[str]:
-    lines = [f"DIFFERENT: {_first(different)}"]
-    if culprits:
-        lines.append(f"at fault: {culprits[0].name} ({culprits[0].flag}): without it the difference vanishes")
-    else:
-        lines.append(
-            "at fault: data parallelism (the reduction of gradients over ranks), or several axes at once: no single "
-            "change makes the difference vanish"
-        )
-    return lines
 
 
 def _introduction(config: Config, small: Small, plan: Plan) -> list[str]:

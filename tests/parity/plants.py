@@ -10,7 +10,7 @@ import torch
 import pretrain_gpt
 from megatron_ds.model import context_attention, linear
 from megatron_ds.optim.buckets import Bucket, Buckets
-from megatron_ds.optim.zero import ZeroOptimizer
+from megatron_ds.optim.zero import Segment, ZeroOptimizer
 from megatron_ds.parallel.collectives import Done, all_reduce
 from megatron_ds.parallel.context import Axis, Sharding
 from megatron_ds.training import step
@@ -41,7 +41,12 @@ def wrong_count() -> None:
 
 def norm_counted_tp_times() -> None:
     """Every tensor-parallel rank counts what it only has a copy of."""
-    ZeroOptimizer._counted = lambda self: self.segments  # type: ignore[method-assign]
+
+    def counted(self: ZeroOptimizer) -> list[Segment]:
+        here = self.buckets.sharded or self.dp.is_first
+        return [segment for segment in self.segments if here and not segment.spec.owned_by_first_stage]
+
+    ZeroOptimizer._counted = counted  # type: ignore[method-assign]
 
 
 def reduced_twice() -> None:
