@@ -52,10 +52,10 @@ class _ColumnLinear(torch.autograd.Function):
 
         def grad_weight() -> torch.Tensor:
             if not sequence_parallel:
-                return flat_grad.t() @ x.reshape(-1, x.shape[-1])
+                return torch.mm(flat_grad.t(), x.reshape(-1, x.shape[-1]))
             whole, handle = gathered or start_all_gather(x, tp)
             handle.wait()
-            return flat_grad.t() @ whole.view(-1, x.shape[-1])
+            return torch.mm(flat_grad.t(), whole.reshape(-1, whole.shape[-1]))
 
         made = ctx.runtime.weight_grads.make(weight, grad_weight)
         grad_bias = flat_grad.sum(0) if ctx.has_bias else None
@@ -84,9 +84,7 @@ class _RowLinear(torch.autograd.Function):
         return grad_x, made, None
 
 
-def column_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, runtime: Runtime
-) -> torch.Tensor:
+def column_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, runtime: Runtime) -> torch.Tensor:
     """x A_i + b_i for any weight split by output columns (a tied embedding is one too).
 
     Shapes: x [s, b, i] (sequence parallel: [s/tp, b, i]), weight [o/tp, i] -> [s, b, o/tp]

@@ -29,6 +29,7 @@ from megatron_ds.parallel.spec import ParamSpec
 
 SLICE = 4_000_000
 """Gradient elements that ZeRO-2 has on the way at once; twice as many at most."""
+REDUCTIONS_AT_ONCE = 2
 
 
 @dataclass
@@ -116,13 +117,16 @@ class Bucket:
                 assert param.grad is not None
                 out[low - start : high - start] = param.grad.reshape(-1)[low - begin : high - begin]
 
-    def finish(self) -> None:
+    def settle(self) -> None:
         """Wait for the sum over dp."""
-        if not self.reduced:
-            self.reduce()
         for handle in self.pending:
             handle.wait()
-        self.pending, self.reduced = [], False
+        self.pending = []
+
+    def finish(self) -> None:
+        """Wait for the sum over dp; the next backward may come."""
+        self.settle()
+        self.reduced = False
 
     def start_gather(self) -> None:
         """Start collecting the shards that the ranks have updated."""
@@ -170,6 +174,7 @@ class Buckets:
     ):
         self.overlap, self.sharded = overlap, zero_stage >= 1
         self.armed: set[int] = set()
+        self.on_the_way: list[Bucket] = []
         self.of: dict[str, Bucket] = {}
         self.names: dict[int, str] = {}
         total = sum(_numel(tp_size, spec) for table in tables for spec in table.values())
@@ -214,7 +219,15 @@ class Buckets:
         if bucket.chunk in self.armed:
             bucket.waiting.discard(name)
             if not bucket.waiting and not bucket.reduced:
-                bucket.reduce()
+                self._reduce(bucket)
+
+    def _reduce(self, bucket: Bucket) -> None:
+        """Start a reduction; a reduction on its way holds buffers, so let the oldest end first."""
+        self.on_the_way = [other for other in self.on_the_way if other.pending]
+        while len(self.on_the_way) >= REDUCTIONS_AT_ONCE:
+            self.on_the_way.pop(0).settle()
+        bucket.reduce()
+        self.on_the_way.append(bucket)
 
     @torch.no_grad()
     def add(self, weight: torch.Tensor, grad: torch.Tensor) -> None:
@@ -237,12 +250,14 @@ class Buckets:
         for bucket in self._of_chunk(chunk):
             bucket.waiting = set(bucket.offsets) if missing is None else missing & bucket.offsets.keys()
             if not bucket.waiting:
-                bucket.reduce()
+                self._reduce(bucket)
 
     def finish(self, chunk: int) -> None:
         """Wait until the chunk's gradients are summed over dp."""
         self.armed.discard(chunk)
         for bucket in self._of_chunk(chunk):
+            if not bucket.reduced:
+                self._reduce(bucket)
             bucket.finish()
 
     def sum_partials(self) -> None:

@@ -55,6 +55,7 @@ class PrecisionConfig:
     deepspeed_loss_scaling: bool = False
     """Follow DeepSpeed's rule for the dynamic loss scale instead of Megatron's; set by ds_config.json."""
 
+
 @dataclass(frozen=True, kw_only=True)
 class LRConfig:
     """Learning rate and weight decay over time."""

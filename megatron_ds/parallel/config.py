@@ -25,7 +25,7 @@ class ParallelConfig:
     num_layers_per_virtual_pipeline_stage: int | None = arg(
         None, "Layers of a virtual stage; each rank holds several (the interleaved schedule)."
     )
-    num_virtual_stages_per_pipeline_rank: int | None = arg(None, "Virtual stages of each rank, the other way to say it.")
+    num_virtual_stages_per_pipeline_rank: int | None = arg(None, "Virtual stages of each rank, another way to ask.")
     enable_zbh1_pipeline: bool = arg(False, "The same as --pipeline-schedule zbh1 (zero bubble, arXiv:2401.10241).")
     decoder_first_pipeline_num_layers: int | None = arg(None, "Layers of the first stage; the others share the rest.")
     decoder_last_pipeline_num_layers: int | None = arg(None, "Layers of the last stage; the others share the rest.")

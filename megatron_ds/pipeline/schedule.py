@@ -189,8 +189,9 @@ def _interleaved(stage: int, num_stages: int, num_chunks: int, num_microbatches:
 def _zbh1(stage: int, num_stages: int, num_chunks: int, num_microbatches: int) -> Actions:
     """1F1B with split backwards, whose weight halves run `stage` micro-batches later and fill the idle time at the end.
 
-    Live are `num_stages` micro-batches on every stage, as many as on the first stage of 1F1B. Source: Qi et al. 2023,
-    arXiv:2401.10241, sec. 2.1 (ZB-H1)
+    Live are `num_stages` micro-batches on every stage, as many as on the first stage of 1F1B.
+
+    Source: Qi et al. 2023, arXiv:2401.10241, sec. 2 (ZB-H1)
     """
     inputs, weights = _all(Kind.I, num_microbatches), _all(Kind.W, num_microbatches)
     order = []

@@ -140,9 +140,9 @@ def _check_reduce(actions: Sequence[Action], stage: int, chunk: int) -> None:
     else:
         times = f"{len(reductions)} times" if len(reductions) != 1 else f"for micro-batch {reductions[0].microbatch}"
         raise ScheduleError(f"stage {stage}: chunk {chunk} is reduced {times}, expected once, for {backwards[-1]}")
+    position = {action: at for at, action in enumerate(actions)}
     for backward, reduction in zip(wanted, reductions, strict=True):
-        following = list(actions[actions.index(reduction) :])
-        if backward in following:
+        if position[reduction] < position[backward]:
             raise ScheduleError(f"stage {stage}: {reduction} stands before {backward}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_ds.optim.loss_scale import LossScale
@@ -21,7 +21,7 @@ class Progress:
     consumed_samples: int = 0
     consumed_valid_samples: int = 0
     optimizer_steps: int = 0
-    loss_scale: LossScale = LossScale()
+    loss_scale: LossScale = field(default_factory=LossScale)
 
     def after_step(self, samples: int, skipped: bool, loss_scale: LossScale) -> Progress:
         """One iteration later."""
@@ -43,7 +43,7 @@ class Progress:
 
         Raises: ValueError, KeyError for what no run can have written
         """
-        counts = {field.name: state[field.name] for field in dataclasses.fields(cls) if field.type == "int"}
+        counts = {f.name: state[f.name] for f in dataclasses.fields(cls) if f.type == "int"}
         for name, value in counts.items():
             if type(value) is not int or value < 0:
                 raise ValueError(f"{name} {value!r}")

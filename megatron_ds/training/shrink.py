@@ -51,9 +51,7 @@ def shrink(config: Config, world_size: int) -> Small:
             rampup_batch_size=(),
             step_batch_size_schedule=None,
         ),
-        optimizer=dataclasses.replace(
-            config.optimizer, lr=1e-3, adam_eps=ADAM_EPS, reduce_bucket_size=BUCKET_ELEMENTS
-        ),
+        optimizer=dataclasses.replace(config.optimizer, lr=1e-3, adam_eps=ADAM_EPS, reduce_bucket_size=BUCKET_ELEMENTS),
         lr=LRConfig(lr_decay_style="constant"),
         precision=PrecisionConfig(),
         data=dataclasses.replace(config.data, seq_length=_positions(config), mock_data=True),

@@ -113,9 +113,7 @@ def _try(
     return trained, _compare(trained, truth, parallel.world)
 
 
-def _train(
-    recipe: Recipe, config: Config, vocab_size: int, device: torch.device, parallel: ParallelContext
-) -> Trained:
+def _train(recipe: Recipe, config: Config, vocab_size: int, device: torch.device, parallel: ParallelContext) -> Trained:
     """A few steps from weights and on tokens that depend on the seed only."""
     plan = make_plan(config, parallel.world.size, vocab_size)
     streams = DropoutStreams(config.training.seed, device_type=device.type)
@@ -300,7 +298,7 @@ def _search(recipe: Recipe, small: Small, device: torch.device, truth: Trained) 
         except ConfigError as error:
             log.info(f"  without {change.name:<38} not possible: {error.subject}")
     alone = _Change("all but data parallelism", "", plain(small.config))
-    if log.world_size() == 1 or not _vanishes(alone, recipe, small.vocab_size, device, truth):
+    if not _vanishes(alone, recipe, small.vocab_size, device, truth):
         return "data parallelism: with everything else put back the ranks still differ from one process"
     return "several axes together: no single change makes the difference vanish, all of them together do"
 

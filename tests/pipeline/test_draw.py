@@ -73,6 +73,9 @@ def test_svg_has_a_box_per_piece_of_work():
         in texts
     )
     assert [f"stage {s}" in texts for s in range(4)] == [True] * 4
+    numbers = [text for text in texts if text.isdigit()]
+    ticks = list(range(0, 29, 2))  # every 60 pixels or more: a forward of half a unit has 20
+    assert sorted(map(int, numbers)) == sorted([i for i in range(8) for _ in range(4 * 2 * 2)] + ticks)
 
 
 def test_svg_colours_tell_kinds_and_chunks_apart():

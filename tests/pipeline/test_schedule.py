@@ -124,6 +124,18 @@ def test_reduce_bears_the_microbatch_that_completes_the_gradients():
         assert reductions == [Action(Kind.REDUCE, chunk, 3) for chunk in (2, 1, 0)]
 
 
+def test_reductions_after_each_microbatch():
+    """Messages come first, since a neighbour waits for them."""
+    assert [posted(actions) for actions in build("1f1b", 2, 1, 2, reduce_each=True)] == [
+        "F0 [sF0] F1 [sF1 rB0] B0 [rB1] R B1 R",
+        "[rF0] F0 [rF1] B0 [sB0] R F1 B1 [sB1] R",
+    ]
+    assert [a for a in build("zbh1", 2, 1, 3, reduce_each=True)[1] if a.kind is Kind.REDUCE] == [
+        Action(Kind.REDUCE, 0, i) for i in range(3)
+    ]
+    assert work(build("zbh1", 2, 1, 3, reduce_each=True)[1]) == work(build("zbh1", 2, 1, 3)[1])
+
+
 def test_a_chunk_is_printed_where_there_are_several():
     actions = (Action(Kind.F, 0, 3), Action(Kind.SEND_B, 1, 12), Action(Kind.REDUCE, 1, 12))
     assert words(actions) == "F3 sB12.1 R.1"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_ds.pipeline.schedule import ScheduleError, build, with_messages
+from megatron_ds.pipeline.schedule import Kind, ScheduleError, build, with_messages
 from megatron_ds.pipeline.simulate import check
 from tests.pipeline.by_hand import finish_times, parse, words, work
 
@@ -169,3 +169,17 @@ def test_sends_that_only_buffers_could_save_are_a_deadlock():
 def test_reduce_must_name_the_last_backward():
     with pytest.raises(ScheduleError, match="reduced for micro-batch 0"):
         check([parse("F0 B0 F1 B1 R", 0)])
+
+
+def test_reductions_of_each_microbatch_follow_their_backwards():
+    for schedule in (("1f1b", 3, 1, 4), ("interleaved", 2, 2, 4), ("zbh1", 3, 1, 4)):
+        stages = list(build(*schedule, reduce_each=True))
+        assert check(stages).makespan == check(build(*schedule)).makespan
+        reductions = [at for at, action in enumerate(stages[0]) if action.kind is Kind.REDUCE]
+        early = list(stages[0])
+        early.insert(0, early.pop(reductions[1]))
+        with pytest.raises(ScheduleError, match="stands before|is reduced"):
+            check([tuple(early), *stages[1:]])
+        missing = [action for at, action in enumerate(stages[0]) if at != reductions[1]]
+        with pytest.raises(ScheduleError, match="is reduced"):
+            check([missing, *stages[1:]])
