@@ -12,7 +12,7 @@ def work(argv, style):
     meter = Meter(engine)
     inner = H.train_step
     def stepped(engine, schedule, progress, *a, **k):
-        with meter.step(progress.consumed_samples):
+        with meter.step(progress):
             return inner(engine, schedule, progress, *a, **k)
     H.train_step = stepped
     steps(engine, Progress(loss_scale=engine.loss_scaling.start()), batches(STYLES[style], 3))

@@ -71,7 +71,7 @@ class _Part:
 def recomputed(
     function: Callable[..., torch.Tensor], runtime: Runtime, *inputs: torch.Tensor, whole_layers: bool = False
 ) -> torch.Tensor:
-    """function(*inputs), of which only the inputs are kept for the backward: of whole layers cut or on the host if asked.
+    """function(*inputs), of which only the inputs are kept; those of whole layers cut over tp or on the host if asked.
 
     Comm: backward: that of the forward once more
     """

@@ -191,7 +191,7 @@ def _zbh1(stage: int, num_stages: int, num_chunks: int, num_microbatches: int) -
 
     Live are `num_stages` micro-batches on every stage, as many as on the first stage of 1F1B.
 
-    Source: Qi et al. 2023, arXiv:2401.10241, sec. 2 (ZB-H1)
+    Source: Qi et al. 2023, arXiv:2401.10241 (ZB-H1)
     """
     inputs, weights = _all(Kind.I, num_microbatches), _all(Kind.W, num_microbatches)
     order = []

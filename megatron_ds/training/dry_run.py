@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import torch
 
 from megatron_ds.data.config import DataConfig
 from megatron_ds.data.indexed import bin_path, idx_path
-from megatron_ds.parallel.context import coordinates
 from megatron_ds.parallel.spec import ParamSpec
 from megatron_ds.pipeline.draw import draw
 from megatron_ds.pipeline.simulate import check
@@ -17,6 +17,7 @@ from megatron_ds.training.costs import Costs, Paper, in_all, kind_of, on_paper
 from megatron_ds.training.run import Recipe, Run, Stage
 
 GIB = 2**30
+PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 UNKNOWN = (
     "Not in these figures: fragmentation, NCCL's buffers, the CUDA context, what a kernel takes and gives back inside,",
     "and what the optimizer needs while it updates.",
@@ -64,27 +65,36 @@ def _layout(run: Run) -> str:
         "layout",
         f"  world size       {plan.world_size} = "
         + " x ".join(f"{name} {size}" for name, size in sizes.items())
-        + f", ZeRO stage {plan.zero_stage}, {'bf16' if run.config.precision.bf16 else 'fp32'}",
+        + f", ZeRO stage {plan.zero_stage}, {PRECISIONS[run.dtype]}",
         f"  {'stage':>5}  {'layers':<26} ranks",
     ]
-    for number, stage in enumerate(plan.stages):
-        ranks = [r for r in range(plan.world_size) if coordinates(r, sizes)["pp"] == number]
-        ends = ("embedding, " if stage.is_first else "") + f"{stage.start}-{stage.stop - 1}"
-        ends += ", head" if stage.is_last else ""
-        lines.append(f"  {number:>5}  {ends:<26} {ranks[0]}-{ranks[-1]}")
+    per_stage = plan.world_size // sizes["pp"]
+    for number, chunks in enumerate(plan.stages):
+        layers = " + ".join(_layers(chunk) for chunk in chunks)
+        lines.append(f"  {number:>5}  {layers:<26} {number * per_stage}-{(number + 1) * per_stage - 1}")
     return "\n".join(lines)
+
+
+def _layers(chunk: Stage) -> str:
+    ends = "embedding, " * chunk.is_first, ", head" * chunk.is_last
+    layers = f"{chunk.start}-{chunk.stop - 1}" if chunk.stop - chunk.start > 1 else f"{chunk.start}"
+    return f"{ends[0]}{layers}{ends[1]}"
 
 
 def _batch(run: Run) -> str:
     plan = run.plan
-    dp, counts = plan.sizes["dp"], plan.samples
-    return (
-        "batch\n"
+    dp, counts, growing = plan.sizes["dp"], plan.samples, plan.batches
+    lines = [
+        "batch",
         f"  global batch     {plan.global_batch_size} samples = {plan.micro_batch_size} per micro-batch x "
-        f"{plan.num_microbatches} micro-batches x {dp} data-parallel ranks; {plan.tokens_per_batch:,} tokens\n"
-        f"  iterations       {plan.train_iters:,}\n"
-        f"  samples          {counts.train:,} to train on, {counts.valid:,} to validate on, {counts.test:,} to test on"
-    )
+        f"{plan.num_microbatches} micro-batches x {dp} data-parallel ranks; {plan.tokens_per_batch:,} tokens",
+        f"  iterations       {plan.train_iters:,}",
+        f"  samples          {counts.train:,} to train on, {counts.valid:,} to validate on, {counts.test:,} to test on",
+    ]
+    if len(growing.batches) > 1:
+        changes = f"{growing.batches[0]} at first, {growing.final} from sample {growing.starts[-1]:,} on"
+        lines.insert(2, f"  growing batch    {changes}, in {len(growing.batches) - 1} steps; below is of the full one")
+    return "\n".join(lines)
 
 
 def _memory(costs: list[Costs]) -> str:
@@ -98,7 +108,6 @@ def _memory(costs: list[Costs]) -> str:
 
 
 def _activations(run: Run, costs: list[Costs]) -> str:
-    """Comes with what the figures suppose."""
     recompute = run.config.recompute
     names = ("kept", "+ in use", "live")
     lines = ["activations (GiB kept between actions, GiB that a running one needs besides, micro-batches kept)"]
@@ -134,13 +143,14 @@ def _row(stage: object, first: str, cells: Sequence[str], width: int = 9) -> str
 
 
 def _schedule(run: Run) -> str:
-    plan = run.plan
-    summary = check(plan.actions)
-    lines = [f"schedule ({run.config.parallel.pipeline_schedule}, a backward taken as two forwards)"]
-    lines += ["  " + line for line in draw(plan.actions, width=108).splitlines()]
+    plan, recomputes = run.plan, run.config.recompute.granularity == "full"
+    actions = plan.actions(plan.num_microbatches)
+    backward = 3.0 if recomputes else 2.0
+    lines = [f"schedule ({plan.schedule}, a backward taken as {'three' if recomputes else 'two'} forwards)"]
+    lines += ["  " + line for line in draw(actions, backward_time=backward, width=108).splitlines()]
     if plan.num_microbatches < len(plan.stages):
-        share = summary.bubble / (1 + summary.bubble)
-        lines.append(f"  fewer micro-batches than stages: {share:.0%} of the time is idle; raise --global-batch-size")
+        idle = min(check(actions, backward_time=backward).idle)
+        lines.append(f"  fewer micro-batches than stages: {idle:.0%} of the time is idle; raise --global-batch-size")
     return "\n".join(lines)
 
 
@@ -166,12 +176,5 @@ def _is_number(word: str) -> bool:
     return True
 
 
-def _numel(spec: ParamSpec, tp: int) -> int:
-    count = 1
-    for extent in spec.local_shape(tp):
-        count *= extent
-    return count
-
-
-def _global_numel(spec: ParamSpec) -> int:
-    return _numel(dataclasses.replace(spec, split=None), 1)
+def _numel(spec: ParamSpec) -> int:
+    return math.prod(spec.shape)

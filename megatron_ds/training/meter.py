@@ -54,7 +54,7 @@ def _costs(fields: Mapping[str, Any]) -> Costs:
 
 
 class Meter:
-    """Measures a rank's steps: bytes in the first step of the most micro-batches that is not skipped, times in others."""
+    """Measures a rank's steps: bytes in the first one of the most micro-batches that updates, times in the others."""
 
     def __init__(self, engine: Engine):
         self.engine, do = engine, engine.executor.do

@@ -103,7 +103,8 @@ def _model(config: Config, layers: _Layers) -> TransformerConfig:
     heads, kv_heads = _heads(config)
     size = next((d for d in HEAD_SIZES if d <= model.head_size and _rope_fits(model, d)), model.head_size)
     width = heads * size
-    hidden = width if model.kv_channels is None else _multiple(8, width * model.hidden_size // _width(model))
+    wider = model.hidden_size > _width(model)  # only with --kv-channels can the two differ
+    hidden = 2 * width if wider else width if model.hidden_size == _width(model) else _multiple(8, width // 2)
     positions, rows = _positions(config), model.max_position_embeddings
     spare = 4 if (rows or 0) > config.data.seq_length else 0
     return dataclasses.replace(

@@ -37,7 +37,7 @@ def test_interleaving_divides_the_bubble_and_keeps_more_alive(p, v):
 
 @pytest.mark.parametrize("p", range(1, 9))
 def test_zero_bubble_loses_a_third_of_1f1b(p):
-    """arXiv:2401.10241, table 1: (p - 1)(F + I - W) of time, p micro-batches live."""
+    """arXiv:2401.10241: (p - 1)(F + I - W) of time, p micro-batches live."""
     for m in FEW:
         report = check(build("zbh1", p, 1, m), forward_time=1.0, backward_time=2.0)
         assert report.peak_live == (min(p, m),) * p
@@ -178,7 +178,7 @@ def test_reductions_of_each_microbatch_follow_their_backwards():
         reductions = [at for at, action in enumerate(stages[0]) if action.kind is Kind.REDUCE]
         early = list(stages[0])
         early.insert(0, early.pop(reductions[1]))
-        with pytest.raises(ScheduleError, match="stands before|is reduced"):
+        with pytest.raises(ScheduleError, match=r"stands before|is reduced"):
             check([tuple(early), *stages[1:]])
         missing = [action for at, action in enumerate(stages[0]) if at != reductions[1]]
         with pytest.raises(ScheduleError, match="is reduced"):
