@@ -128,7 +128,7 @@ def page(accounts: Sequence[Account], planned_idle: Sequence[float]) -> str:
     stages: dict[int, list[int]] = {}
     for rank, account in enumerate(accounts):
         stages.setdefault(account.stage, []).append(rank)
-    found_idle = idle_shares(accounts)
+    found_idle = idle_shares([account.waited_s for account in accounts], [account.reduced_s for account in accounts])
     title = f"costs of a step of {accounts[0].measured.num_microbatches} micro-batches, per rank"
     lines = [f"{title:<52}{'predicted':>18}{'measured':>18}"]
     for stage, ranks in sorted(stages.items()):
@@ -145,13 +145,13 @@ def page(accounts: Sequence[Account], planned_idle: Sequence[float]) -> str:
     return "\n".join(lines)
 
 
-def idle_shares(accounts: Sequence[Account]) -> list[float]:
+def idle_shares(waited_s: Sequence[float], reduced_s: Sequence[float]) -> list[float]:
     """Each rank's share of time without work, until the last rank's gradients were reduced; empty if nobody knows.
 
     A rank that is done early waits for the others outside of its executor, where the step's sums are made.
     """
-    last = max(account.reduced_s for account in accounts)
-    return [(account.waited_s + last - account.reduced_s) / last for account in accounts] if last else []
+    last = max(reduced_s)
+    return [(waited + last - reduced) / last for waited, reduced in zip(waited_s, reduced_s, strict=True) if last]
 
 
 def _rows(account: Account) -> dict[str, tuple[str, str]]:

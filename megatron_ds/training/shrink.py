@@ -35,7 +35,8 @@ def shrink(config: Config, world_size: int) -> Small:
     """The smallest model that keeps every way in which ranks share this one; fp32, no dropout, mock data."""
     layers = _layers(config)
     tokens = _multiple(PAD_TO * config.parallel.tensor_model_parallel_size, VOCABULARY)
-    padded = planned_vocab_size(config.tokenizer, "GPT2BPETokenizer")[0] % _padding(config) != 0
+    asked, _ = planned_vocab_size(config.tokenizer, "GPT2BPETokenizer")
+    vocab_size = tokens - 3 if asked % _padding(config) else tokens
     micro = min(2, config.training.micro_batch_size or 1)
     small = dataclasses.replace(
         config,
@@ -59,7 +60,7 @@ def shrink(config: Config, world_size: int) -> Small:
         checkpoint=CheckpointConfig(),
         logging=LoggingConfig(),
     )
-    return Small(small, tokens - 3 if padded else tokens, _changes(config, small))
+    return Small(small, vocab_size, [("vocabulary", str(asked), str(vocab_size)), *_changes(config, small)])
 
 
 def plain(config: Config) -> Config:

@@ -50,7 +50,7 @@ STEADY = Optimizer(warmup=False, eps=1e-4)
 """Adam divides by the root of the mean square, so with its usual epsilon of 1e-8 an element whose gradient is smaller
 than fp32's rounding of the others moves as far as any: after a step the oracle in fp32 is 2e-5 from itself in fp64.
 With 1e-4 it stays within 3e-6, and 1e-5 can be asked of every gradient."""
-STEADY_FLAGS = "--lr-decay-style constant --lr-warmup-iters 0 --adam-eps 1e-4".split()
+STEADY_FLAGS = ["--lr-decay-style", "constant", "--lr-warmup-iters", "0", "--adam-eps", "1e-4"]
 
 
 def initial(model: OracleConfig, std: float) -> dict[str, torch.Tensor]:

@@ -57,8 +57,7 @@ class Layout(NamedTuple):
         if self.positions == "learned":
             return gpt2
         return OracleConfig(
-            **gpt2.__dict__
-            | {"norm": "rmsnorm", "swiglu": True, "bias": False, "qkv_bias": False, "positions": "rope"}
+            **gpt2.__dict__ | {"norm": "rmsnorm", "swiglu": True, "bias": False, "qkv_bias": False, "positions": "rope"}
         )
 
     @classmethod
@@ -194,7 +193,7 @@ tp  sp  cp     pp  schedule     dp  zero  recompute  tied    positions  heads  v
 4   sp  ring2  1   zbh1         1   1     uniform    tied    rope       gqa    padded  full    -       gather
 """
 LAYOUTS = [Layout.parse(line) for line in TABLE.strip().splitlines()[1:]]
-"""Each axis alone with each of its options, and then as many as are needed so that every two options that can meet do."""
+"""Each axis alone with each of its options, and as many more as let every two options meet that can."""
 
 
 def pairs(x: Layout) -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:

@@ -25,9 +25,7 @@ IMPOSSIBLE = {
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_five_steps_equal_the_oracle(layout: Layout) -> None:
     argv = arguments(layout.model, *layout.flags(), *STEADY_FLAGS)
-    found = run_and_compare(
-        layout.model, argv, layout.world_size, steps=5, mask=layout.mask, optimizer=STEADY, std=0.1
-    )
+    found = run_and_compare(layout.model, argv, layout.world_size, steps=5, mask=layout.mask, optimizer=STEADY, std=0.1)
     assert not found, "\n".join(map(str, found))
 
 
