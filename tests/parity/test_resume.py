@@ -59,6 +59,43 @@ def test_another_layout_goes_on_within_rounding(
         assert got_norm == pytest.approx(true_norm, rel=norm)
 
 
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [
+        (4, "--context-parallel-size 2 --zero-stage 2 --overlap-param-gather"),
+        (4, "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --tensor-model-parallel-size 2"),
+        (2, "--tensor-model-parallel-size 2 --sequence-parallel --recompute-granularity full"),
+        (2, "--pipeline-model-parallel-size 2 --enable-zbh1-pipeline --decoder-first-pipeline-num-layers 1"),
+    ],
+)
+def test_the_other_axes_go_on_within_rounding(
+    saved: tuple[Path, list[str], list[tuple[float, float]]], world: int, layout: str
+) -> None:
+    loss, norm = (2e-2, 6e-2) if saved[1] else (2e-5, 5e-5)
+    for (got_loss, got_norm), (true_loss, true_norm) in zip(
+        resumed(saved, world, *layout.split()), saved[2], strict=True
+    ):
+        assert got_loss == pytest.approx(true_loss, rel=loss)
+        assert got_norm == pytest.approx(true_norm, rel=norm)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "--context-parallel-size 2 --zero-stage 2 --tensor-model-parallel-size 2 --sequence-parallel",
+        "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --zero-stage 2",
+    ],
+)
+def test_the_other_axes_go_on_bit_by_bit(tmp_path: Path, layout: str) -> None:
+    model = STYLES["gpt2"]
+    params, data = oracle.random_params(model, std=0.05), batches(model, 6)
+    save = ["--save", str(tmp_path), "--save-interval", "1000"]
+    run_ranks(train_and_save, 4, arguments(model, *layout.split(), *save), params, data[:3])
+    whole = run_ranks(train, 4, arguments(model, *layout.split()), params, data)[0].history
+    rest = run_ranks(resume, 4, arguments(model, *layout.split(), "--load", str(tmp_path)), data[3:])[0]
+    assert rest == whole[3:]
+
+
 def whole_tensors(directory: Path) -> dict[str, torch.Tensor]:
     """Every tensor of the latest checkpoint, by docs/checkpoint_format.md and the safetensors library alone."""
     latest = (directory / "latest_checkpointed_iteration.txt").read_text()
