@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +19,7 @@ from megatron_ds.optim.lr import LRSchedule
 from megatron_ds.parallel.collectives import all_reduce, gather_bytes
 from megatron_ds.timers import Timers, longest, timer_block
 from megatron_ds.training.engine import Engine
+from megatron_ds.training.meter import Meter
 from megatron_ds.training.metrics import Metrics, Position, StepRecord
 from megatron_ds.training.progress import Progress
 from megatron_ds.training.resume import save_checkpoint
@@ -42,6 +43,7 @@ class Loop:
     valid_batches: Batches | None
     stop: Callable[[], bool]
     begun: float
+    meter: Meter | None = None
     saved_at: int | None = None
     timed_iterations: int = 0
 
@@ -55,15 +57,16 @@ class Loop:
         batches = self.train_batches(self.progress)
         while self.progress.iteration < plan.train_iters and not stopped:
             begun, samples = time.perf_counter(), plan.global_batch_at(self.progress.consumed_samples)
-            result = train_step(
-                self.engine,
-                self.schedule,
-                self.progress,
-                batches,
-                self.timers,
-                stop=self.stop(),
-                out_of_time=self._out_of_time(),
-            )
+            with self.meter.step(self.progress) if self.meter else nullcontext():
+                result = train_step(
+                    self.engine,
+                    self.schedule,
+                    self.progress,
+                    batches,
+                    self.timers,
+                    stop=self.stop(),
+                    out_of_time=self._out_of_time(),
+                )
             self.progress = self.progress.after_step(samples, result.skipped, result.next_loss_scale)
             self._log(result, samples, time.perf_counter() - begun)
             stopped = result.stop

@@ -34,6 +34,7 @@ from megatron_ds.training import dry_run
 from megatron_ds.training.engine import Engine, build_engine
 from megatron_ds.training.flops import train_flops_per_token
 from megatron_ds.training.loop import Loop
+from megatron_ds.training.meter import Meter
 from megatron_ds.training.metrics import Metrics
 from megatron_ds.training.progress import Progress
 from megatron_ds.training.resume import agree_on_checkpoint, check_save_directory, checkpoint_to_load, load_checkpoint
@@ -96,7 +97,10 @@ def _main(recipe: Recipe, defaults: Mapping[str, Any], argv: Sequence[str], stop
         engine.initialise()
     _say_size(engine)
     _say_time("after model, optimizer, and learning rate scheduler are built")
-    stopped = _train_and_test(_loop(engine, recipe, datasets, progress, stop, begun), datasets, engine)
+    loop = _loop(engine, recipe, datasets, progress, stop, begun)
+    stopped = _train_and_test(loop, datasets, engine)
+    if loop.meter is not None:
+        log.info(loop.meter.report(recipe))
     context.stop()
     if stopped and not config.checkpoint.save:
         log.warn("told to stop, and nothing is saved: there is no --save")
@@ -157,6 +161,7 @@ def _loop(
         (lambda now: _loader(run, valid, now.consumed_valid_samples)) if valid is not None else None,
         stop,
         begun,
+        Meter(engine) if training.report_costs else None,
     )
 
 

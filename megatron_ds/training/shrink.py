@@ -124,13 +124,12 @@ def _model(config: Config, layers: _Layers) -> TransformerConfig:
 
 
 def _heads(config: Config) -> tuple[int, int]:
-    """Query and key/value heads: as few as the ranks that share them allow, in the same ratio, two each if equal."""
+    """Query and key/value heads in the same ratio: two key/value heads per rank, one where that gets many."""
     model, parallel = config.model, config.parallel
     assert model.num_attention_heads
     shared = parallel.tensor_model_parallel_size * parallel.ds_sequence_parallel_size
     ratio = model.num_attention_heads // model.kv_heads
-    wanted = shared * (2 if ratio == 1 else 1)
-    kv_heads = wanted if model.kv_heads % shared == 0 and wanted <= model.kv_heads else model.kv_heads
+    kv_heads = min(model.kv_heads, shared * (2 if ratio <= 4 else 1))
     return kv_heads * ratio, kv_heads
 
 

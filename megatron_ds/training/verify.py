@@ -74,7 +74,7 @@ class Finding:
 def verify(recipe: Recipe, config: Config, device: torch.device) -> int:
     """Compare the layout with one process, and say what was found; 0, or the code of a run-time fault.
 
-    Comm: rendezvous of the world; the steps of up to nine tiny runs
+    Comm: rendezvous of the world; the steps of up to ten tiny runs
     """
     world_size = log.world_size()
     small = shrink(config, world_size)

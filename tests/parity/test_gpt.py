@@ -83,6 +83,22 @@ def test_bf16_stays_near_the_oracle_for_200_steps(model: OracleConfig, flags: st
     assert error[-50:].mean().abs() < 1e-3
 
 
+@pytest.mark.parametrize("precision", ["--bf16", "--bf16 --fp32-residual-connection", "--fp16 --loss-scale 4096"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2 --enable-zbh1-pipeline",
+        "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --zero-stage 2",
+        "--pipeline-model-parallel-size 2 --enable-zbh1-pipeline --zero-stage 2 --recompute-activations",
+        "--context-parallel-size 2 --tensor-model-parallel-size 2 --zero-stage 1 --checkpoint-activations",
+    ],
+)
+def test_half_precision_stays_near_the_oracle(layout: str, precision: str) -> None:
+    found, true, skipped = both(SMALL_GPT2, f"{layout} {precision}", 4, batches(SMALL_GPT2, 8), STEADY)
+    assert not any(skipped)
+    assert (found / true - 1).abs().max() < 2e-2
+
+
 def test_fp16_skips_together_and_stays_near_the_oracle() -> None:
     flags = "--tensor-model-parallel-size 2 --zero-stage 1 --fp16 --initial-loss-scale 4194304 --loss-scale-window 8"
     found, true, skipped = both(GPT2, flags, 4, learnable(GPT2, 30), STEADY)
