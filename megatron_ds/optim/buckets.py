@@ -209,11 +209,12 @@ class Buckets:
         return bucket.params[offset : offset + torch.Size(shape).numel()].view(shape)
 
     def _on_grad(self, name: str, param: nn.Parameter) -> None:
+        if param.grad is None:  # postponed: it comes by `add`
+            return
         bucket = self.of[name]
         if bucket.keeps_shard_only:
             bucket.arrived[name] = param
         elif not bucket.autograd_adds:
-            assert param.grad is not None
             bucket.main_grad(name, tuple(param.shape)).add_(param.grad)
             param.grad = None
         if bucket.chunk in self.armed:
