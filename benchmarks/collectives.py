@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import socket
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
+from torch.multiprocessing.spawn import spawn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -34,6 +34,14 @@ Way = Callable[[torch.Tensor], None]
 
 PIECE_BYTES = 2 * 2**20
 """Of a chunked transfer: small enough that what arrived is still in the cache when it is added."""
+
+
+def _send(tensor: torch.Tensor, rank: int) -> Any:
+    return dist.isend(tensor, rank)
+
+
+def _receive(tensor: torch.Tensor, rank: int) -> Any:
+    return dist.irecv(tensor, rank)
 
 
 class Ways:
@@ -78,8 +86,8 @@ class Ways:
 
     def pairwise_reduce_scatter(self, buffer: torch.Tensor) -> None:
         """One message to and from every other rank, added in the order of the ranks."""
-        sends = [dist.isend(self.part(buffer, other), other) for other in self.others]
-        receives = {other: dist.irecv(self.part(self.scratch, other), other) for other in self.others}
+        sends = [_send(self.part(buffer, other), other) for other in self.others]
+        receives = {other: _receive(self.part(self.scratch, other), other) for other in self.others}
         mine = self.part(buffer, self.rank)
         for other, handle in receives.items():
             handle.wait()
@@ -93,12 +101,12 @@ class Ways:
         mine = self.part(buffer, self.rank).split(numel)
         sends, receives = [], []
         for pieces in zip(*(self.part(buffer, other).split(numel) for other in self.others), strict=True):
-            sends += [dist.isend(piece, other) for piece, other in zip(pieces, self.others, strict=True)]
+            sends += [_send(piece, other) for piece, other in zip(pieces, self.others, strict=True)]
         for number, pieces in enumerate(
             zip(*(self.part(self.scratch, other).split(numel) for other in self.others), strict=True)
         ):
             for piece, other in zip(pieces, self.others, strict=True):
-                receives.append((dist.irecv(piece, other), number, piece))
+                receives.append((_receive(piece, other), number, piece))
         for handle, number, piece in receives:
             handle.wait()
             mine[number].add_(piece)
@@ -111,8 +119,8 @@ class Ways:
 
     def pairwise_all_gather(self, buffer: torch.Tensor) -> None:
         """My part to every other rank, theirs straight to where they belong."""
-        sends = [dist.isend(self.part(buffer, self.rank), other) for other in self.others]
-        receives = [dist.irecv(self.part(buffer, other), other) for other in self.others]
+        sends = [_send(self.part(buffer, self.rank), other) for other in self.others]
+        receives = [_receive(self.part(buffer, other), other) for other in self.others]
         for handle in receives + sends:
             handle.wait()
 
@@ -122,7 +130,7 @@ def measure(mib: float, dtype: torch.dtype, repetitions: int) -> dict[str, dict[
     rank, size = dist.get_rank(), dist.get_world_size()
     numel = int(mib * 2**20 / dtype.itemsize) // size * size
     ways = Ways(numel, dtype)
-    kinds = {"all_reduce": {"all_reduce": ways.all_reduce}}
+    kinds: dict[str, dict[str, Way]] = {"all_reduce": {"all_reduce": ways.all_reduce}}
     kinds |= {"reduce_scatter": ways.reduce_scatters, "all_gather": ways.all_gathers}
     names = [(kind, name) for kind, members in kinds.items() for name in members]
     times = torch.zeros(repetitions + 1, len(names), dtype=torch.float64)
@@ -182,16 +190,19 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="append the rows to this file")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
     context = multiprocessing.get_context("spawn")
-    about = {"benchmark": "collectives", "backend": "gloo", "dtype": options.dtype}
+    about = {"benchmark": "collectives", "backend": "gloo", "dtype": options.dtype, "repetitions": options.repetitions}
     for size in options.ranks:
         rows = context.SimpleQueue()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        multiprocessing.spawn(work, args=(size, port, options, rows), nprocs=size)
+        spawn(work, args=(size, port, options, rows), nprocs=size)
         for _ in options.mib:
-            text = json.dumps({**about, **rows.get(), "repetitions": options.repetitions, "machine": machine.describe()})
+            text = json.dumps(
+                {**about, **rows.get(), "repetitions": options.repetitions, "machine": machine.describe()}
+            )
             print(text, flush=True)
             if options.output:
                 with options.output.open("a") as file:

@@ -1,6 +1,6 @@
 """Two processes of one thread each: ours beside what a user would take instead, in the same run.
 
-    python benchmarks/parallel.py --workload W2 --dtype bf16 --rounds 3 --steps 5 --only dp,zero1,zero2,tp,sp,pp
+    python benchmarks/parallel.py --workload W2 --dtype bf16 --rounds 3 --steps 3 --only dp,zero1,zero2,tp,sp,pp
 
 All sides of a configuration train one model from the same weights on the same global batches, with the same
 micro-batches, AdamW and clipping. Each side is a pair of processes over gloo; the pairs take turns, a few steps at a
@@ -39,9 +39,9 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import machine
-from benchmarks.peer import BETAS, CLIP_GRAD, EPS, LEARNING_RATE, TINY, W2, WEIGHT_DECAY, Workload, random_batch
+from benchmarks.peer import TINY, W2, Workload, random_batch
 from benchmarks.peers_common import initial_weights, micro_batches, save_initial_weights
-from benchmarks.train_step import _commit
+from benchmarks.train_step import _arguments, _commit
 
 PROCESSES = 2
 WORKLOADS = {"W2": W2, "tiny": dataclasses.replace(TINY, global_=8)}
@@ -99,7 +99,7 @@ class OurStep:
         from megatron_ds.training.run import Recipe, Run
 
         self.workload = task.workload
-        config = parse(_arguments(task))
+        config = parse(_arguments(task.workload, task.dtype, "cpu") + task.our_flags.split())
         plan = make_plan(config, PROCESSES, task.workload.vocab)
         device = torch.device("cpu")
         self.parallel = context.start(config.parallel, plan.sizes, device)
@@ -138,15 +138,6 @@ class OurStep:
         return result.loss
 
 
-def _arguments(task: Task) -> list[str]:
-    w = task.workload
-    return f"""--num-layers {w.layers} --hidden-size {w.hidden} --num-attention-heads {w.heads} --seq-length {w.seq}
-        --micro-batch-size {w.micro} --global-batch-size {w.global_} --train-iters 1000 --lr {LEARNING_RATE}
-        --lr-decay-style constant --weight-decay {WEIGHT_DECAY} --adam-beta1 {BETAS[0]} --adam-beta2 {BETAS[1]}
-        --adam-eps {EPS} --clip-grad {CLIP_GRAD} --hidden-dropout 0 --attention-dropout 0 --mock-data --device cpu
-        {"--bf16" if task.dtype == "bf16" else ""} {task.our_flags}""".split()
-
-
 def _peer_name(name: str) -> str:
     """`layers.3.mlp.linear_fc1.bias` is the peers' `blocks.3.fc_1.bias`."""
     modules = {
@@ -168,7 +159,7 @@ def build(task: Task) -> Any:
     dtype = torch.bfloat16 if task.dtype == "bf16" else torch.float32
     arguments = task.workload, dtype, task.weights
     side, _, bf16 = task.side.removesuffix(")").partition(" (")
-    options = {"bf16": bf16} if bf16 else {}
+    options: dict[str, Any] = {"bf16": bf16} if bf16 else {}
     if side == "ours":
         return OurStep(task)
     if side in ("DTensor TP", "DTensor TP + SP", "pipelining 1F1B"):
@@ -358,7 +349,7 @@ def main() -> int:
     parser.add_argument("--workload", choices=WORKLOADS, default="W2")
     parser.add_argument("--dtype", choices=tuple(TOLERANCE), default="bf16")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=5, help="steps of each side in a round")
+    parser.add_argument("--steps", type=int, default=3, help="steps of each side in a round")
     parser.add_argument("--warmup", type=int, default=2, help="steps before the first round, which show agreement")
     parser.add_argument("--only", default=",".join(OURS), help="configurations, comma-separated")
     parser.add_argument("--our-flags", default="", help="more flags of the package, for all configurations")

@@ -6,19 +6,17 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.peer import BETAS, CLIP_GRAD, EPS, LEARNING_RATE, WEIGHT_DECAY, Batch, PeerGPT, Workload
 
 Precision = Literal["autocast", "weights"]
 """How a peer computes in bf16: fp32 weights and autocast, or bf16 weights and gradients with fp32 masters."""
-
-Group = dict[str, object]
 
 
 class GPT(PeerGPT):
@@ -59,7 +57,7 @@ def micro_batches(batch: Batch, workload: Workload, rank: int = 0, size: int = 1
     return list(pieces)[rank::size]
 
 
-def decayed_apart(params: Iterable[Tensor]) -> list[Group]:
+def decayed_apart(params: Iterable[Tensor]) -> list[dict[str, Any]]:
     """Parameter groups: matrices decay, vectors do not."""
     params = list(params)
     groups = [
@@ -69,7 +67,7 @@ def decayed_apart(params: Iterable[Tensor]) -> list[Group]:
     return [group for group in groups if group["params"]]
 
 
-ADAMW = {"lr": LEARNING_RATE, "betas": BETAS, "eps": EPS, "fused": True}
+ADAMW: dict[str, Any] = {"lr": LEARNING_RATE, "betas": BETAS, "eps": EPS, "fused": True}
 
 
 def autocast(dtype: torch.dtype) -> contextlib.AbstractContextManager[object]:
@@ -99,7 +97,7 @@ class ClippedAdamW:
         if half:
             for master in self.masters:
                 master.grad = torch.zeros_like(master)
-        self.adamw = torch.optim.AdamW(decayed_apart(self.masters), **ADAMW)  # type: ignore[arg-type]
+        self.adamw = torch.optim.AdamW(decayed_apart(self.masters), **ADAMW)
 
     @torch.no_grad()
     def step(self) -> float:
@@ -121,4 +119,3 @@ class ClippedAdamW:
         if not self.whole:
             dist.all_reduce(squares)
         return math.sqrt(squares.item())
-

@@ -1,4 +1,4 @@
-"""Data-parallel peers: torch DDP, DDP + ZeroRedundancyOptimizer (ZeRO-1), FSDP2, DeepSpeed ZeRO; all on one plain model."""
+"""Data-parallel peers on one plain-torch model: DDP, DDP + ZeroRedundancyOptimizer (ZeRO-1), FSDP2, DeepSpeed ZeRO."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
@@ -21,8 +22,8 @@ from benchmarks.peers_common import (
     autocast,
     build_gpt,
     decayed_apart,
-    sum_over_ranks,
     micro_batches,
+    sum_over_ranks,
 )
 
 
@@ -92,12 +93,12 @@ class FSDP2Step:
     def __init__(self, workload: Workload, dtype: torch.dtype, weights: Path):
         dist.init_process_group("gloo")
         self.workload, self.rank, self.size = workload, dist.get_rank(), dist.get_world_size()
-        mesh = dist.init_device_mesh("cpu", (self.size,))
+        mesh = init_device_mesh("cpu", (self.size,))
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         self.model: Any = build_gpt(workload, weights)
         for module in (*self.model.blocks, self.model):
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-        self.optimizer = torch.optim.AdamW(decayed_apart(self.model.parameters()), **ADAMW)  # type: ignore[arg-type]
+        self.optimizer = torch.optim.AdamW(decayed_apart(self.model.parameters()), **ADAMW)
 
     def step(self, batch: Batch) -> float:
         """One optimizer step."""
@@ -119,7 +120,7 @@ class DeepSpeedStep:
     """DeepSpeed ZeRO-1 or ZeRO-2 with fused AdamW; bf16 by DeepSpeed's own engine (bf16 weights, fp32 masters)."""
 
     def __init__(self, workload: Workload, dtype: torch.dtype, weights: Path, stage: int):
-        import deepspeed
+        import deepspeed  # type: ignore[import-not-found]
 
         deepspeed.init_distributed("gloo", verbose=False)
         self.workload, self.rank, self.size = workload, dist.get_rank(), dist.get_world_size()
@@ -133,7 +134,7 @@ class DeepSpeedStep:
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 10**9,
         }
-        optimizer = torch.optim.AdamW(decayed_apart(model.parameters()), **ADAMW)  # type: ignore[arg-type]
+        optimizer = torch.optim.AdamW(decayed_apart(model.parameters()), **ADAMW)
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
 
     def step(self, batch: Batch) -> float:

@@ -13,12 +13,22 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, loss_parallel, parallelize_module
 
 from benchmarks.peer import Batch, Block, Workload
-from benchmarks.peers_common import GPT, ClippedAdamW, Precision, autocast, build_gpt, initial_weights, micro_batches, sum_over_ranks
+from benchmarks.peers_common import (
+    GPT,
+    ClippedAdamW,
+    Precision,
+    autocast,
+    build_gpt,
+    initial_weights,
+    micro_batches,
+    sum_over_ranks,
+)
 
 
 class ShardedBlock(Block):
@@ -65,12 +75,17 @@ class TensorParallelStep:
     """torch DTensor: parallelize_module with a loss of cut logits."""
 
     def __init__(
-        self, workload: Workload, dtype: torch.dtype, weights: Path, sequence_parallel: bool = False, bf16: Precision = "weights"
+        self,
+        workload: Workload,
+        dtype: torch.dtype,
+        weights: Path,
+        sequence_parallel: bool = False,
+        bf16: Precision = "weights",
     ):
         dist.init_process_group("gloo")
         self.workload, self.size = workload, dist.get_world_size()
         self.dtype = dtype if bf16 == "autocast" else torch.float32
-        self.mesh = dist.init_device_mesh("cpu", (self.size,))
+        self.mesh = init_device_mesh("cpu", (self.size,))
         model: Any = build_gpt(workload, weights)
         model.__class__, model.mesh, model.sequence_parallel = ShardedGPT, self.mesh, sequence_parallel
         for block in model.blocks:
@@ -119,7 +134,8 @@ class TensorParallelStep:
         plain = []
         for name, p in self.params.items():
             if isinstance(p, DTensor):
-                self.local[name].grad = p.grad.redistribute(placements=p.placements).to_local()
+                grad: Any = p.grad
+                self.local[name].grad = grad.redistribute(placements=p.placements).to_local()
             else:
                 plain.append(p.grad)
         if self.sequence_parallel:

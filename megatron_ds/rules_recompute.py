@@ -55,11 +55,15 @@ def check_recompute(config: Config) -> Iterator[ConfigError]:
 def check_distribution(config: Config, world_size: int, ways: Ways) -> Iterator[ConfigError]:
     """Kept inputs are cut over tp, unless they are cut already."""
     tp, cut = config.parallel.tensor_model_parallel_size, config.parallel.sequence_parallel
-    if not config.recompute.distribute_saved_activations or (tp > 1 and not cut):
+    positions = (config.data.seq_length or 1) // max(1, config.parallel.context_size)
+    elements = positions * (config.training.micro_batch_size or 1) * (config.model.hidden_size or 1)
+    if not config.recompute.distribute_saved_activations or (tp > 1 and not cut and elements % tp == 0):
         return
     found, expected = "--sequence-parallel beside it", "one of them: with --sequence-parallel they are cut already"
     if tp == 1:
         found, expected = "--tensor-model-parallel-size 1", "ranks over which to cut the kept inputs"
+    elif not cut:
+        found, expected = f"{elements} elements to keep, over {tp} ranks", "a kept input that divides by tp"
     yield ConfigError(
         "--distribute-saved-activations",
         found,

@@ -111,6 +111,7 @@ class GPTModel(nn.Module):
                     rows[f"{prefix}.{row.name}"] = dataclasses.replace(row, name=f"{prefix}.{row.name}")
         shared = "embedding.word_embeddings.weight"
         if self.tied and shared in rows and not (self.stage.is_first and self.stage.is_last):
+            assert not rows[shared].partial_over
             rows[shared] = dataclasses.replace(
                 rows[shared], partial_over=("embedding",), owned_by_first_stage=not self.stage.is_first
             )

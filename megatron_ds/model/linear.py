@@ -4,7 +4,8 @@
     tensor parallel     all-reduce after row               all-reduce of dX, while dA is computed
     + sequence          all-gather, reduce-scatter         all-gather of dY; all-gather of X again, reduce-scatter of dX
 
-X is kept cut and gathered again, as is dA's own input only; dY is gathered once and serves dX and dA.
+X is kept cut over the sequence and gathered again for dA. dY is gathered once, for dX and dA together, unless dA is
+postponed: then its cut part is kept and gathered again.
 """
 
 from __future__ import annotations
@@ -75,13 +76,16 @@ class _RowLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        shards = ctx.runtime.shards
-        if shards.sequence_parallel:
-            grad = all_gather(grad, shards.tp)
-        flat_grad = grad.reshape(-1, grad.shape[-1])
-        grad_x = (flat_grad @ weight).view(x.shape)
-        made = ctx.runtime.weight_grads.make(weight, lambda: flat_grad.t() @ x.reshape(-1, x.shape[-1]))
-        return grad_x, made, None
+        shards, postponed = ctx.runtime.shards, ctx.runtime.weight_grads.list is not None
+        whole = all_gather(grad, shards.tp) if shards.sequence_parallel else grad
+        kept = grad if postponed else whole
+
+        def grad_weight() -> torch.Tensor:
+            again = all_gather(kept, shards.tp) if shards.sequence_parallel and postponed else kept
+            return torch.mm(again.reshape(-1, again.shape[-1]).t(), x.reshape(-1, x.shape[-1]))
+
+        grad_x = (whole.reshape(-1, whole.shape[-1]) @ weight).view(x.shape)
+        return grad_x, ctx.runtime.weight_grads.make(weight, grad_weight), None
 
 
 def column_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, runtime: Runtime) -> torch.Tensor:

@@ -39,15 +39,20 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         merged = torch.stack(((log_sum - peak).exp(), target_logit.masked_fill(~here, 0.0)))
         all_reduce(merged, tp)
         log_total = peak + merged[0].log()
+        losses = (log_total - merged[1]).view(targets.shape)
+        if not ctx.needs_input_grad[0]:
+            return losses
         grad = logp.add_((log_sum - log_total).unsqueeze(-1)).exp_() if tp.size > 1 and valid else logp.exp_()
         grad.scatter_add_(-1, column, -here.to(grad.dtype).unsqueeze(-1))
-        ctx.save_for_backward(grad.to(logits.dtype))
-        return (log_total - merged[1]).view(targets.shape)
+        # Half precision would lose small elements of an fp16 gradient before the loss scale is multiplied in.
+        ctx.save_for_backward(grad if logits.dtype == torch.float16 else grad.to(logits.dtype))
+        ctx.dtype = logits.dtype
+        return losses
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (grad,) = ctx.saved_tensors
-        scaled = grad.mul_(upstream.reshape(-1, 1).to(grad.dtype))
+        scaled = grad.mul_(upstream.reshape(-1, 1).to(grad.dtype)).to(ctx.dtype)
         return scaled.view(*upstream.shape, -1), None, None, None
 
 

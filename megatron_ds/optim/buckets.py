@@ -7,7 +7,8 @@ Note [From autograd gradient to optimizer shard]
     whose gradients are complete starts its reduction over dp (and cp) at once. ZeRO-0 sums the whole bucket on every
     rank; ZeRO-1 leaves each rank the sum of its own shard.
     ZeRO-2 keeps fp32 gradients of the own shard only. There every backward is armed: a bucket whose gradients are
-    complete is reduced slice by slice through a small fp32 buffer, added to the shard, and autograd's gradients go.
+    complete is reduced slice by slice through a small fp32 buffer, added to the shard, and autograd's gradients go. A
+    gradient that comes again before (zbh1: a later micro-batch's, by I) is added to the first in fp32.
     What is only a partial sum along another axis (a tied embedding: first and last stage; norms and biases under
     sequence parallelism: tp) lies in buckets of its own, laid out alike on all those ranks, and is summed once at the
     end of the step, on the shards.
@@ -16,142 +17,18 @@ Note [From autograd gradient to optimizer shard]
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
 
-from megatron_ds.parallel.collectives import all_gather_async, all_reduce, all_reduce_async, reduce_scatter_async
+from megatron_ds.optim.bucket import Bucket
+from megatron_ds.parallel.collectives import all_reduce
 from megatron_ds.parallel.context import Axis
 from megatron_ds.parallel.spec import ParamSpec
 
-SLICE = 4_000_000
-"""Gradient elements that ZeRO-2 has on the way at once; twice as many at most."""
 REDUCTIONS_AT_ONCE = 2
-
-
-@dataclass
-class Bucket:
-    """Contiguous parameters of one chunk, their gradients, and the range that this rank's optimizer owns.
-
-    Shapes: params [n] with n a multiple of dp; shard = elements [start, stop); grads [n], or only the shard's (ZeRO-2)
-    """
-
-    specs: list[ParamSpec]
-    chunk: int
-    offsets: dict[str, int]
-    params: torch.Tensor
-    grads: torch.Tensor
-    start: int
-    stop: int
-    dp: Axis
-    partial_over: Axis | None
-    waiting: set[str] = field(default_factory=set)
-    pending: list[Any] = field(default_factory=list)
-    reduced: bool = False
-    gathering: Any = None
-    arrived: dict[str, nn.Parameter] = field(default_factory=dict)
-
-    @property
-    def sharded(self) -> bool:
-        """True where each data-parallel rank owns a part (ZeRO-1 and 2)."""
-        return self.stop - self.start < self.params.numel()
-
-    @property
-    def keeps_shard_only(self) -> bool:
-        """True where gradients outside the shard are not kept (ZeRO-2)."""
-        return self.grads.numel() < self.params.numel()
-
-    @property
-    def autograd_adds(self) -> bool:
-        """True where a parameter's gradient is its place in the bucket, into which autograd adds by itself."""
-        return self.grads.dtype == self.params.dtype and not self.keeps_shard_only
-
-    def main_grad(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """Where the named parameter's gradient is kept."""
-        offset = self.offsets[name]
-        return self.grads[offset : offset + torch.Size(shape).numel()].view(shape)
-
-    @property
-    def shard_grads(self) -> torch.Tensor:
-        """Gradients of the elements that this rank's optimizer owns."""
-        return self.grads if self.keeps_shard_only else self.grads[self.start : self.stop]
-
-    def reduce(self) -> None:
-        """Start summing the gradients over dp."""
-        assert not self.reduced
-        self.reduced = True
-        if self.keeps_shard_only:
-            self._reduce_by_slices()
-        elif self.sharded:
-            self.pending = [reduce_scatter_async(self.shard_grads, self.grads, self.dp)]
-        else:
-            self.pending = [all_reduce_async(self.grads, self.dp)]
-
-    def _reduce_by_slices(self) -> None:
-        """Add the sum of all ranks' gradients to the shard; slice i of the buffer belongs to rank i."""
-        share = self.stop - self.start
-        width = max(1, min(SLICE, self.params.numel() // 8) // self.dp.size)
-        for low in range(0, share, width):
-            high = min(low + width, share)
-            full = self.grads.new_zeros(self.dp.size, high - low)
-            for rank in range(self.dp.size):
-                self._copy_grads(full[rank], rank * share + low)
-            mine = torch.empty_like(full[0])
-            handle = reduce_scatter_async(mine, full.view(-1), self.dp)
-            self.pending.append(_AddLater(handle, full, mine, self.grads[low:high]))
-            if len(self.pending) > 1:
-                self.pending.pop(0).wait()
-        for param in self.arrived.values():
-            param.grad = None
-        self.arrived.clear()
-
-    def _copy_grads(self, out: torch.Tensor, start: int) -> None:
-        """Copy what has arrived for elements [start, start + len(out)) of the bucket."""
-        for name, param in self.arrived.items():
-            begin = self.offsets[name]
-            low, high = max(begin, start), min(begin + param.numel(), start + out.numel())
-            if low < high:
-                assert param.grad is not None
-                out[low - start : high - start] = param.grad.reshape(-1)[low - begin : high - begin]
-
-    def settle(self) -> None:
-        """Wait for the sum over dp."""
-        for handle in self.pending:
-            handle.wait()
-        self.pending = []
-
-    def finish(self) -> None:
-        """Wait for the sum over dp; the next backward may come."""
-        self.settle()
-        self.reduced = False
-
-    def start_gather(self) -> None:
-        """Start collecting the shards that the ranks have updated."""
-        if self.sharded:
-            self.gathering = all_gather_async(self.params, self.params[self.start : self.stop], self.dp)
-
-    def finish_gather(self) -> None:
-        """Wait until the parameters are whole."""
-        if self.gathering is not None:
-            self.gathering.wait()
-            self.gathering = None
-
-
-@dataclass
-class _AddLater:
-    """A reduce-scatter on its way, and where its result is added; `full` lives until then."""
-
-    handle: Any
-    full: torch.Tensor
-    mine: torch.Tensor
-    shard: torch.Tensor
-
-    def wait(self) -> None:
-        self.handle.wait()
-        self.shard.add_(self.mine)
+"""Buckets whose reduction may be on the way: each holds buffers."""
 
 
 class Buckets:
@@ -172,24 +49,29 @@ class Buckets:
         grad_dtype: torch.dtype,
         device: torch.device,
     ):
-        self.overlap, self.sharded = overlap, zero_stage >= 1
+        self.overlap, self.sharded = overlap or zero_stage >= 2, zero_stage >= 1
         self.armed: set[int] = set()
         self.on_the_way: list[Bucket] = []
+        self.all: list[Bucket] = []
         self.of: dict[str, Bucket] = {}
         self.names: dict[int, str] = {}
         total = sum(_numel(tp_size, spec) for table in tables for spec in table.values())
-        capacity = capacity or max(1_000_000, min(40_000_000, total // 8))
+        usual = max(1_000_000, min(40_000_000, total // 8))
+        capacity = capacity or usual
+        if zero_stage >= 2:  # a bucket's gradients live until it is complete: a large one would undo what is saved
+            capacity = min(capacity, usual)
         for number, table in enumerate(tables):
             for specs in _group(table, tp_size, capacity):
                 bucket = _allocate(specs, number, tp_size, dp, axes, zero_stage, dtype, grad_dtype, device)
                 assert not self.of.keys() & bucket.offsets.keys()
+                self.all.append(bucket)
                 self.of |= dict.fromkeys(bucket.offsets, bucket)
         for chunk, table in zip(chunks, tables, strict=True):
             for name, spec in table.items():
                 self._adopt(chunk, name, spec.local_shape(tp_size))
 
     def __iter__(self) -> Iterator[Bucket]:
-        return iter({id(bucket): bucket for bucket in self.of.values()}.values())
+        return iter(self.all)
 
     def _adopt(self, model: nn.Module, name: str, shape: tuple[int, ...]) -> None:
         """Make the named parameter a view of its bucket, and listen for its gradient."""
@@ -212,11 +94,20 @@ class Buckets:
         if param.grad is None:  # postponed: it comes by `add`
             return
         bucket = self.of[name]
-        if bucket.keeps_shard_only:
-            bucket.arrived[name] = param
-        elif not bucket.autograd_adds:
-            bucket.main_grad(name, tuple(param.shape)).add_(param.grad)
+        if not bucket.autograd_adds:
+            bucket.take(name, param.grad)
             param.grad = None
+        self._has(bucket, name)
+
+    @torch.no_grad()
+    def add(self, weight: torch.Tensor, grad: torch.Tensor) -> None:
+        """A gradient that autograd did not bring: one that was postponed."""
+        name = self.names[id(weight)]
+        self.of[name].take(name, grad)
+        self._has(self.of[name], name)
+
+    def _has(self, bucket: Bucket, name: str) -> None:
+        """Reduce the bucket if this was what an armed one waited for."""
         if bucket.chunk in self.armed:
             bucket.waiting.discard(name)
             if not bucket.waiting and not bucket.reduced:
@@ -226,16 +117,9 @@ class Buckets:
         """Start a reduction; a reduction on its way holds buffers, so let the oldest end first."""
         self.on_the_way = [other for other in self.on_the_way if other.pending]
         while len(self.on_the_way) >= REDUCTIONS_AT_ONCE:
-            self.on_the_way.pop(0).settle()
+            self.on_the_way.pop(0).wait()
         bucket.reduce()
         self.on_the_way.append(bucket)
-
-    @torch.no_grad()
-    def add(self, weight: torch.Tensor, grad: torch.Tensor) -> None:
-        """A gradient that autograd did not bring: one that was postponed."""
-        assert isinstance(weight, nn.Parameter)
-        weight.grad = grad if weight.grad is None else weight.grad.add_(grad)
-        self._on_grad(self.names[id(weight)], weight)
 
     def zero(self) -> None:
         """Forget the last step's gradients."""
@@ -244,25 +128,30 @@ class Buckets:
 
     def arm(self, chunk: int, still_missing: Sequence[torch.Tensor] | None = None) -> None:
         """The next backward completes the chunk's gradients: reduce each bucket as soon as it is full."""
-        if not self.overlap:
-            return
-        self.armed.add(chunk)
         missing = {self.names[id(weight)] for weight in still_missing} if still_missing is not None else None
         for bucket in self._of_chunk(chunk):
+            bucket.settle()
             bucket.waiting = set(bucket.offsets) if missing is None else missing & bucket.offsets.keys()
-            if not bucket.waiting:
+            if self.overlap and not bucket.waiting:
                 self._reduce(bucket)
+        if self.overlap:
+            self.armed.add(chunk)
 
     def finish(self, chunk: int) -> None:
-        """Wait until the chunk's gradients are summed over dp."""
+        """The backward is done: reduce what is not yet on its way."""
         self.armed.discard(chunk)
         for bucket in self._of_chunk(chunk):
             if not bucket.reduced:
                 self._reduce(bucket)
-            bucket.finish()
+
+    def wait(self) -> None:
+        """Wait until all gradients are whole."""
+        for bucket in self:
+            bucket.settle()
+        self.sum_partials()
 
     def sum_partials(self) -> None:
-        """Add what other axes hold of the sums, once all are summed over dp."""
+        """Add what other axes hold of the sums over dp."""
         for bucket in self:
             if bucket.partial_over is not None:
                 all_reduce(bucket.shard_grads, bucket.partial_over)
@@ -281,17 +170,16 @@ class Buckets:
             bucket.finish_gather()
 
     def wait_in_forward(self, chunks: Sequence[nn.Module]) -> None:
-        """Let every module of a layer wait for its own parameters, and every chunk for those outside of layers."""
+        """Let every module wait for its own parameters when it is called; embeddings, which are also used without
+        being called (a tied head), when their chunk is."""
         for chunk in chunks:
             for prefix, module in chunk.named_modules():
-                if prefix.startswith("layers."):
-                    names = [f"{prefix}.{name}" for name, _ in module.named_parameters(recurse=False)]
-                elif not prefix:
-                    names = [name for name, _ in chunk.named_parameters() if not name.startswith("layers.")]
-                else:
-                    continue
+                whole = not prefix
+                names = [f"{prefix}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=whole)]
+                names = [name for name in names if name.startswith("embedding.") == whole]
                 buckets = {id(self.of[name]): self.of[name] for name in names}
-                module.register_forward_pre_hook(partial(_wait_for, list(buckets.values())))
+                if buckets:
+                    module.register_forward_pre_hook(partial(_wait_for, list(buckets.values())))
 
 
 def _wait_for(buckets: list[Bucket], *_: object) -> None:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_ds.optim.buckets import Bucket, Buckets
+from megatron_ds.optim.bucket import Bucket
+from megatron_ds.optim.buckets import Buckets
 from megatron_ds.optim.config import OptimizerConfig
 from megatron_ds.parallel.context import Axis
 from megatron_ds.parallel.spec import ParamSpec, Piece
@@ -22,7 +23,8 @@ from megatron_ds.parallel.spec import ParamSpec, Piece
 
 @dataclass
 class Segment:
-    """Elements [start, start + n) of one flattened local parameter, in fp32, with their gradient and moments.
+    """Elements [start, start + n) of one flattened local parameter, with their gradient and moments; all but the
+    gradient (--grad-reduce-in-bf16) are fp32.
 
     Shapes: all tensors [n]
     """
@@ -138,10 +140,10 @@ class ZeroOptimizer:
         Comm:   ZeRO-1 and 2: all-gather of the parameters over dp and cp
         """
         if self.adamw is not None:
-            if scale != 1.0:
-                torch._foreach_mul_([segment.grad for segment in self.segments], scale)
-            for segment in self.segments:
-                segment.master.grad = segment.grad.to(segment.master.dtype)
+            grads = [segment.grad.to(segment.master.dtype) for segment in self.segments]
+            torch._foreach_mul_(grads, scale)
+            for segment, grad in zip(self.segments, grads, strict=True):
+                segment.master.grad = grad
             for group in self.adamw.param_groups:
                 group["lr"], group["weight_decay"] = lr, weight_decay if group["decayed"] else 0.0
             self.adamw.step()

@@ -33,6 +33,7 @@ class _ByMessages:
     """
 
     def __init__(self, works: list[Any], mine: torch.Tensor, received: list[torch.Tensor], alive: Any):
+        # `alive`: what is being sent must not be freed before it is gone.
         self.works, self.mine, self.received, self.alive = works, mine, received, alive
 
     @classmethod

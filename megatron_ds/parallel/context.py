@@ -78,12 +78,12 @@ class ParallelContext:
     @property
     def axes(self) -> list[Axis]:
         """Every axis once."""
-        return [getattr(self, field.name) for field in dataclasses.fields(self)]
+        return [getattr(self, axis.name) for axis in dataclasses.fields(self)]
 
     @classmethod
     def solo(cls) -> ParallelContext:
         """One process without a process group."""
-        return cls(**{field.name: Axis.solo(field.name) for field in dataclasses.fields(cls)})
+        return cls(**{axis.name: Axis.solo(axis.name) for axis in dataclasses.fields(cls)})
 
     @classmethod
     def on_paper(cls, sizes: dict[str, int], rank: int = 0) -> ParallelContext:

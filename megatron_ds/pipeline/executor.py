@@ -73,7 +73,7 @@ class Gradients(Protocol):
         """A gradient that autograd did not bring."""
 
     def finish(self, chunk: int) -> None:
-        """Wait until the chunk's gradients are summed over ranks."""
+        """They are complete: what is not yet being summed over ranks has to be."""
 
 
 class Executor:
@@ -126,8 +126,9 @@ class Executor:
                         self._communicate(run)
                     else:
                         self.do[run[0].kind]((run[0].chunk, run[0].microbatch))
-        for work, _ in self.sent:
-            self._wait(work)
+        while self.sent:
+            self._wait(self.sent.pop(0)[0])
+        self.microbatches = ()
         return self.total
 
     def _forward(self, key: Key) -> None:

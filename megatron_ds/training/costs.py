@@ -216,7 +216,7 @@ def _try_end_of_step(engine: Engine) -> Sent:
     """What a step sends once the backward is done: see train_step."""
     parallel, logging = engine.run.parallel, engine.run.config.logging
     before = sent_so_far(parallel)
-    engine.buckets.sum_partials()
+    engine.buckets.wait()
     all_reduce(torch.zeros(len(Totals._fields), dtype=torch.float64), parallel.world)
     if logging.log_params_norm:
         all_reduce(torch.zeros((), dtype=torch.float64), parallel.world)

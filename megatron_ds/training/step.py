@@ -62,7 +62,8 @@ def train_step(
 ) -> StepResult:
     """Forward, backward, reduce; then one sum over all ranks decides everything else.
 
-    Comm: the schedule's, the reduction of gradients, one all-reduce of 6 numbers over the world, ZeRO-1's all-gather
+    Comm: the schedule's, the reduction of gradients, one all-reduce of 6 numbers over the world (of another one if
+          the norm of the parameters is logged), the all-gather of parameters with ZeRO
     """
     run, stage = engine.run, engine.run.parallel.pp.rank
     engine.buckets.zero()
@@ -72,7 +73,7 @@ def train_step(
         microbatches = take(batches, run, progress.consumed_samples, count)
     with timers("forward-backward", 1):
         sums = engine.executor.run(run.plan.actions(count)[stage], microbatches, timers)
-        engine.buckets.sum_partials()
+        engine.buckets.wait()
     with timers("optimizer", 1):
         totals = _sum_over_world(engine, sums, stop, out_of_time)
         # The backward ran with a fixed scale; only now is it known over how many target tokens the loss is a mean.

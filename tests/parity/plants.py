@@ -9,7 +9,7 @@ import torch
 
 import pretrain_gpt
 from megatron_ds.model import context_attention, linear
-from megatron_ds.optim.buckets import Bucket, Buckets
+from megatron_ds.optim.buckets import Buckets
 from megatron_ds.optim.zero import Segment, ZeroOptimizer
 from megatron_ds.parallel.collectives import Done, all_reduce
 from megatron_ds.parallel.context import Axis, Sharding
@@ -51,13 +51,14 @@ def norm_counted_tp_times() -> None:
 
 def reduced_twice() -> None:
     """Gradients are summed over data-parallel ranks, and then once more."""
-    finish = Bucket.finish
+    wait = Buckets.wait
 
-    def finish_again(bucket: Bucket) -> None:
-        finish(bucket)
-        all_reduce(bucket.grads, bucket.dp)
+    def wait_and_reduce(buckets: Buckets) -> None:
+        wait(buckets)
+        for bucket in buckets:
+            all_reduce(bucket.grads, bucket.dp)
 
-    Bucket.finish = finish_again  # type: ignore[method-assign]
+    Buckets.wait = wait_and_reduce  # type: ignore[method-assign]
 
 
 def partial_sums_forgotten() -> None:

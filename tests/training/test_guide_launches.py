@@ -127,7 +127,20 @@ def reduced(launch: Launch) -> list[str]:
             next(words)
         else:
             out.append(word)
-    return [*out, *"--mock-data --tokenizer-type NullTokenizer --vocab-size 99 --device cpu --eval-iters 0".split()]
+    return [
+        *out,
+        *[
+            "--mock-data",
+            "--tokenizer-type",
+            "NullTokenizer",
+            "--vocab-size",
+            "99",
+            "--device",
+            "cpu",
+            "--eval-iters",
+            "0",
+        ],
+    ]
 
 
 @pytest.mark.parametrize("name", LAUNCHES)
