@@ -206,6 +206,8 @@ def work(task: Task, pipe: Connection) -> None:
             pipe.send(answers)
         pipe.send(_peak_mb())
         dist.destroy_process_group()
+    except (EOFError, BrokenPipeError):
+        return  # the parent is gone
     except Exception:
         pipe.send(traceback.format_exc())
 
@@ -293,18 +295,26 @@ def measure(name: str, options: argparse.Namespace, weights: Path) -> dict[str, 
         try:
             pairs[side] = Pair(side, workload, options.dtype, weights, f"{OURS[name]} {options.our_flags}")
         except SideFailed as failure:
-            print(failure, file=sys.stderr)
-            rows[side] = {"failed": str(failure).splitlines()[-1]}
+            rows[side] = _failed(failure)
     seeds = iter(range(10**9))
     for count in [options.warmup] + [options.steps] * options.rounds:
         turn = [next(seeds) for _ in range(count)]
-        for pair in pairs.values():
-            pair.train(turn)
+        for side, pair in list(pairs.items()):
+            try:
+                pair.train(turn)
+            except SideFailed as failure:
+                rows[side] = _failed(failure)
+                del pairs[side]
     for side, pair in pairs.items():
         rows[side] = _summary(pair, options.warmup, workload)
     if "ours" in pairs:
         _compare(rows, pairs, TOLERANCE[options.dtype])
     return {"sides": rows}
+
+
+def _failed(failure: SideFailed) -> dict[str, str]:
+    print(failure, file=sys.stderr)
+    return {"failed": str(failure).splitlines()[-1]}
 
 
 def _peers(name: str, dtype: str) -> list[str]:

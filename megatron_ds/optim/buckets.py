@@ -143,6 +143,8 @@ class Buckets:
         for bucket in self._of_chunk(chunk):
             if not bucket.reduced:
                 self._reduce(bucket)
+            if bucket.keeps_shard_only:  # what is on the way would be kept beside the next activations
+                bucket.wait()
 
     def wait(self) -> None:
         """Wait until all gradients are whole."""

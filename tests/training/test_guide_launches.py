@@ -127,20 +127,8 @@ def reduced(launch: Launch) -> list[str]:
             next(words)
         else:
             out.append(word)
-    return [
-        *out,
-        *[
-            "--mock-data",
-            "--tokenizer-type",
-            "NullTokenizer",
-            "--vocab-size",
-            "99",
-            "--device",
-            "cpu",
-            "--eval-iters",
-            "0",
-        ],
-    ]
+    mock = "--mock-data --tokenizer-type NullTokenizer --vocab-size 99 --device cpu --eval-iters 0"
+    return [*out, *mock.split()]
 
 
 @pytest.mark.parametrize("name", LAUNCHES)
