@@ -172,12 +172,9 @@ def build(task: Task) -> Any:
 
     if side.startswith("DeepSpeed"):
         return data_parallel.DeepSpeedStep(*arguments, stage=int(side[-1]))
-    steps = {
-        "DDP": data_parallel.DDPStep,
-        "DDP + ZeroRedundancyOptimizer": data_parallel.ZeroRedundancyStep,
-        "FSDP2": data_parallel.FSDP2Step,
-    }
-    return steps[side](*arguments, **options)
+    if side == "FSDP2":
+        return data_parallel.FSDP2Step(*arguments)
+    return (data_parallel.DDPStep if side == "DDP" else data_parallel.ZeroRedundancyStep)(*arguments, **options)
 
 
 def work(task: Task, pipe: Connection) -> None:
@@ -289,7 +286,7 @@ def measure(name: str, options: argparse.Namespace, weights: Path) -> dict[str, 
     pairs: dict[str, Pair] = {}
     rows: dict[str, dict[str, Any]] = {}
     for side in ("ours", *_peers(name, options.dtype)):
-        if side.startswith("DeepSpeed") and importlib.util.find_spec("deepspeed") is None:
+        if side.startswith("DeepSpeed") and _deepspeed() is None:
             rows[side] = {"left_out": "deepspeed is not installed"}
             continue
         try:
@@ -337,10 +334,8 @@ def _summary(pair: Pair, warmup: int, workload: Workload) -> dict[str, Any]:
 
 def _compare(rows: dict[str, dict[str, Any]], pairs: dict[str, Pair], tolerance: float) -> None:
     """Add to every peer's row the ratio of its times to ours, and whether it trains the same model."""
-    ours = pairs["ours"]
-    for side, pair in pairs.items():
-        if side == "ours":
-            continue
+    ours = pairs["ours"]  # the first of all
+    for side, pair in list(pairs.items())[1:]:
         row = rows[side]
         ratios = [
             statistics.median(theirs) / statistics.median(mine)
@@ -362,11 +357,10 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=3, help="steps of each side in a round")
     parser.add_argument("--warmup", type=int, default=2, help="steps before the first round, which show agreement")
     parser.add_argument("--only", default=",".join(OURS), help="configurations, comma-separated")
-    parser.add_argument("--our-flags", default="", help="more flags of the package, for all configurations")
+    parser.add_argument("--our-flags", default="", help="more flags of the package: --our-flags='...'")
     parser.add_argument("--output", type=Path, help="append the rows to this file")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    versions = {name: _version(name) for name in ("torch", "deepspeed", "numpy")}
     good = True
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "weights.pt"
@@ -383,7 +377,7 @@ def main() -> int:
                 "threads": 1,
                 "our_flags": f"{OURS[name]} {options.our_flags}".strip(),
                 **measure(name, options, weights),
-                "versions": versions,
+                "deepspeed": _deepspeed(),
                 "machine": machine.describe(),
             }
             good &= all(side.get("agrees", "failed" not in side) for side in row["sides"].values())
@@ -395,11 +389,9 @@ def main() -> int:
     return int(not good)
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def _deepspeed() -> str | None:
+    """Its version, None where it is not installed."""
+    return importlib.metadata.version("deepspeed") if importlib.util.find_spec("deepspeed") else None
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def steps(text: str, seq_length: int) -> BatchSchedule:
     """
     pairs = read_steps(text)
     starts, batches = tuple(pair.tokens // seq_length for pair in pairs), tuple(pair.batch for pair in pairs)
-    if not pairs or starts[0] != 0:
+    if not pairs or pairs[0].tokens != 0:
         raise _step_error(f"{text!r}", "0 as the first threshold", f"0:{batches[0] if batches else 768} ...")
     if len(set(starts)) < len(starts):
         raise _step_error(

@@ -286,7 +286,7 @@ def _precision(m: _Merger) -> None:
     for name, other in (("fp16", "bf16"), ("bf16", "fp16")):
         if m.values.get(f"{name}.enabled") and m.now(f"precision.{other}"):
             if m.typed(f"precision.{other}"):
-                fix = f'--{name}, or "{name}": {{"enabled": false}}'
+                fix = f'--{name} instead of --{other}, or "{name}": {{"enabled": false}}'
                 m.refuse(f"{name}.enabled", f"true, and --{other} on the command line", "one of them", fix)
                 return
             m.changes[f"precision.{other}"] = False

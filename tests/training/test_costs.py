@@ -32,6 +32,9 @@ S, B, H, LAYERS, HEADS, VOCAB, ROWS = 32, 2, 64, 4, 8, 256, 32
 PARAMETERS = VOCAB * H + ROWS * H + LAYERS * (12 * H * H + 13 * H) + 2 * H
 FP32, BF16, FP64 = 4, 2, 8
 
+BUCKET = 20_000
+"""Elements that are reduced together, by the harness; up to three halves of one come from the other rank at once."""
+
 
 class Rank(NamedTuple):
     """Where a rank stands, and what its step cost."""
@@ -73,8 +76,9 @@ def ranks_of(world_size: int, flags: str, style: str = "gpt2") -> list[Rank]:
         assert predicted.held == measured.held
         assert predicted.live == measured.live
         # gloo's messages need buffers, and its threads may let go of a tensor a moment late.
+        buffers = 2 * BSH * FP32 + (3 * BUCKET * FP32 // 2 if run.plan.zero_stage == 2 else 0)
         for before, after in zip(activations(predicted), activations(measured), strict=True):
-            assert before <= after <= before + 2 * BSH * FP32
+            assert before <= after <= before + buffers
     return found
 
 
