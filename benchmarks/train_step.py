@@ -82,7 +82,7 @@ class OurStep:
         parts = zip(*(part.split(self.micro) for part in batch), strict=True)
         batches = (GPTBatch(tokens, labels, self.ones, self.positions) for tokens, labels in parts)
         result = train_step(self.engine, self.schedule, self.progress, batches, Timers(), stop=False, out_of_time=False)
-        self.progress = self.progress.after_step(len(batch[0]), result.skipped)
+        self.progress = self.progress.after_step(len(batch[0]), result.skipped, result.next_loss_scale)
         self.grad_norm = result.grad_norm
         return result.loss
 

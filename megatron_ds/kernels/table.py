@@ -21,5 +21,5 @@ class Kernels:
     gelu: Callable[[Tensor], Tensor] = activation.gelu
     swiglu: Callable[[Tensor], Tensor] = activation.swiglu
     rope: Callable[[Tensor, Tensor], Tensor] = rope.apply_rope
-    attention: Callable[[Tensor, Tensor, Tensor, float], Tensor] = attention.causal_attention
+    attention: Callable[[Tensor, Tensor, Tensor, float], Tensor] = attention.attention
     bias_dropout_add: Callable[[Tensor, Tensor | None, Tensor, float], Tensor] = dropout_add.bias_dropout_add

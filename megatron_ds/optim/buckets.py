@@ -28,7 +28,7 @@ from megatron_ds.parallel.context import Axis
 from megatron_ds.parallel.spec import ParamSpec
 
 REDUCTIONS_AT_ONCE = 2
-"""Buckets whose reduction may be on the way: each holds buffers."""
+"""Buckets whose reduction into shards may be on the way: each holds buffers."""
 
 
 class Buckets:
@@ -114,12 +114,13 @@ class Buckets:
                 self._reduce(bucket)
 
     def _reduce(self, bucket: Bucket) -> None:
-        """Start a reduction; a reduction on its way holds buffers, so let the oldest end first."""
-        self.on_the_way = [other for other in self.on_the_way if other.pending]
-        while len(self.on_the_way) >= REDUCTIONS_AT_ONCE:
-            self.on_the_way.pop(0).wait()
+        """Start a reduction; one that leaves shards holds buffers on its way, so let the oldest of those end first."""
+        if bucket.sharded:
+            self.on_the_way = [other for other in self.on_the_way if other.pending]
+            while len(self.on_the_way) >= REDUCTIONS_AT_ONCE:
+                self.on_the_way.pop(0).wait()
+            self.on_the_way.append(bucket)
         bucket.reduce()
-        self.on_the_way.append(bucket)
 
     def zero(self) -> None:
         """Forget the last step's gradients."""
