@@ -25,12 +25,13 @@ class OptimizerConfig:
     use_distributed_optimizer: bool = arg(False, "Megatron's name for --zero-stage 1.")
     reduce_bucket_size: int | None = arg(
         None,
-        "Gradient elements that are reduced together. Default: an eighth of the rank's parameters, 1 to 40 million.",
+        "Gradient elements that are reduced together. Default, and the most with --zero-stage 2: an eighth of the "
+        "rank's parameters, 1 to 40 million.",
         "--reduce-bucket-size",
         "--ddp-bucket-size",
         metavar="ELEMENTS",
     )
-    overlap_grad_reduce: bool = arg(True, "Reduce gradients after the backward instead of during it.")
+    overlap_grad_reduce: bool = arg(True, "Reduce gradients after the backward instead of during it; not with ZeRO-2.")
     overlap_param_gather: bool = arg(False, "Gather updated parameters during the next forward instead of before it.")
 
     @property

@@ -268,6 +268,12 @@ def _announce(merged: Merged, plan: Plan) -> None:
     _say_merged(merged)
     if config.compat.used():
         log.info(f"accepted, without effect (see --help): {' '.join(config.compat.used())}")
+    if plan.zero_stage == 2 and not config.optimizer.overlap_grad_reduce:
+        log.info("--no-overlap-grad-reduce: no effect with --zero-stage 2, which reduces during every backward")
+    if plan.zero_stage == 2 and config.optimizer.reduce_bucket_size:
+        log.info(
+            "--reduce-bucket-size: with --zero-stage 2 at most an eighth of the rank's parameters, 1 to 40 million"
+        )
     dummies = vocab.padded - vocab.size
     log.info(f" > padded vocab (size: {vocab.size}) with {dummies} dummy tokens (new size: {vocab.padded})")
     names = ("train: ", "validation:", "test: ")

@@ -57,3 +57,15 @@ def test_losses_and_gradients_equal_torchs(vocab: Vocab, tp: int, dtype: torch.d
     for losses, _ in found:
         torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(gradient[..., : vocab.size].double(), whole.grad, rtol=tolerance, atol=tolerance)
+
+
+def test_fp16_gradient_is_scaled_before_it_is_rounded() -> None:
+    """A probability of 1.5e-8 is 0 in fp16; times a loss scale of 2^16 it is not."""
+    logits = torch.full((1, 1, 8), -18.0).half()
+    logits[..., 0] = 0.0
+    logits.requires_grad_()
+    loss = vocab_parallel_cross_entropy(logits * 1, torch.tensor([[0]]), Vocab(8, 8), Axis.solo("tp"))
+    (loss.sum() * 2.0**16).backward()
+    assert logits.grad is not None
+    expected = torch.softmax(logits.detach().double(), -1)[0, 0, 1:] * 2.0**16
+    assert torch.allclose(logits.grad[0, 0, 1:].double(), expected, rtol=1e-3, atol=0)
