@@ -6,7 +6,7 @@ import torch
 
 from megatron_ds import pretrain
 from megatron_ds.data.datasets import Datasets, build_gpt_datasets
-from megatron_ds.data.loader import GPTBatch
+from megatron_ds.data.batch import GPTBatch
 from megatron_ds.model.gpt import GPTModel
 from megatron_ds.plan import SampleCounts
 from megatron_ds.training.run import Loss, Run, Stage
@@ -26,7 +26,7 @@ def model_provider(run: Run, stage: Stage) -> GPTModel:
 
 def forward_step(batch: GPTBatch, model: torch.nn.Module, upstream: torch.Tensor | None) -> tuple[torch.Tensor, Loss]:
     """Run one micro-batch; on the last stage the loss is summed over target tokens."""
-    losses = model(batch.tokens, batch.position_ids, upstream, batch.labels)
+    losses = model(batch.tokens, batch.position_ids, upstream, batch.labels, batch.documents)
 
     def loss_func(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mask = batch.loss_mask.t()

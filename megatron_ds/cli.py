@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import math
 import sys
 import types
@@ -58,11 +59,17 @@ class Flag:
     """Keyword arguments for `ArgumentParser.add_argument`."""
 
 
-def flags_of(group: type) -> list[Flag]:
+@functools.cache
+def flags_of(group: type) -> tuple[Flag, ...]:
     """All flags of one dataclass, in order of writing."""
     hints = typing.get_type_hints(group)
     fields = [field for field in dataclasses.fields(group) if "help" in field.metadata]
-    return [_flag(field, hints[field.name]) for field in fields]
+    return tuple(_flag(field, hints[field.name]) for field in fields)
+
+
+def field_names(group: type) -> list[str]:
+    """All fields of one dataclass; those without a flag are for recipes to set."""
+    return [field.name for field in dataclasses.fields(group)]
 
 
 def _flag(field: dataclasses.Field[Any], hint: Any) -> Flag:
@@ -160,14 +167,14 @@ class Parser(argparse.ArgumentParser):
         result = []
         for group in groups:
             prefix = f"{group.__name__}."
-            values = {flag.field: defaults[flag.field] for flag in flags_of(group) if flag.field in defaults}
+            values = {name: defaults[name] for name in field_names(group) if name in defaults}
             values |= {key[len(prefix) :]: value for key, value in typed.items() if key.startswith(prefix)}
             values = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
             result.append(group(**values))
         return result
 
     def _reject_unknown_defaults(self, groups: Sequence[type], defaults: Mapping[str, Any]) -> None:
-        fields = {flag.field for group in groups for flag in flags_of(group)}
+        fields = {name for group in groups for name in field_names(group)}
         for name in defaults:
             if name not in fields:
                 raise ConfigError(f"args_defaults[{name!r}]", found=name, expected="the name of a config field")

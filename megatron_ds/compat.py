@@ -48,8 +48,8 @@ class CompatConfig:
     )
     attention_backend: str | None = _noop("torch's scaled_dot_product_attention chooses", value=True)
     no_masked_softmax_fusion: bool = _noop("attention has no separate softmax")
+    no_position_embedding: bool = _noop("--position-embedding-type says it")
     no_query_key_layer_scaling: bool = _noop("scores are not scaled by layer in fp32 and bf16")
-    no_bias_gelu_fusion: bool = _noop("bias and activation are torch's own")
     no_bias_swiglu_fusion: bool = _noop("bias and activation are torch's own")
     no_bias_dropout_fusion: bool = _noop("bias, dropout and add are torch's own")
     no_rope_fusion: bool = _noop("rope is written in torch")
@@ -143,7 +143,7 @@ _ZERO3 = f"sharing parameters (ZeRO-3, FSDP) is {_LATER}; the nearest is --zero-
 _FP8 = f"8-bit floats are {_LATER}; use --bf16"
 _DATA = f"DeepSpeed's data efficiency is {_LATER}; leave it out to train on all tokens of every sample"
 _DISTILL = f"distillation from a teacher is {_LATER}"
-_NORM = f"this variant of the model is {_LATER}"
+_VARIANT = f"this variant of the model is {_LATER}"
 _TENSORBOARD = "not written to TensorBoard yet; leave it out"
 
 HINTS: dict[str, str] = {
@@ -156,7 +156,6 @@ HINTS: dict[str, str] = {
     "--train-tokens": f"{_TOKENS}: use --train-samples",
     "--lr-decay-tokens": f"{_TOKENS}: use --lr-decay-samples",
     "--lr-warmup-tokens": f"{_TOKENS}: use --lr-warmup-samples",
-    "--reset-attention-mask": f"document masks are {_LATER}",
     "--kill-switch-file": f"kill switches are {_LATER}; SIGTERM saves and leaves",
     "--kill-switch-path": f"kill switches are {_LATER}; SIGTERM saves and leaves",
     **dict.fromkeys(("--remote-device", "--use-torch-fsdp2", "--use-megatron-fsdp"), _ZERO3),
@@ -177,7 +176,7 @@ HINTS: dict[str, str] = {
     ),
     **dict.fromkeys(("--data-efficiency-curriculum-learning", "--random-ltd"), _DATA),
     **dict.fromkeys(("--kd", "--mos", "--load-teacher", "--num-layers-teacher"), _DISTILL),
-    **dict.fromkeys(("--apply-layernorm-1p", "--embed-layernorm", "--qk-layernorm"), _NORM),
+    **dict.fromkeys(("--quick-geglu", "--rotary-interleaved", "--window-attn-skip-freq"), _VARIANT),
     **dict.fromkeys(("--log-optimizer-states-to-tensorboard", "--log-memory-to-tensorboard"), _TENSORBOARD),
 }
 """Flags of Megatron that this version refuses, and what to do instead."""

@@ -20,6 +20,7 @@ from megatron_ds.rules_layout import (
     check_world,
     ranks_per_replica,
 )
+from megatron_ds.rules_model import beyond_the_ring, check_context, check_decoder_sequence, check_stacks
 from megatron_ds.rules_recompute import check_distribution
 from megatron_ds.ways import NO_WAYS, Ways, divisors, either
 
@@ -28,7 +29,10 @@ LAYOUT_CHECKS: tuple[Callable[[Config, int, Ways], Iterator[ConfigError]], ...] 
     check_heads,
     check_mlp,
     check_layers,
+    check_stacks,
+    check_context,
     check_sequence,
+    check_decoder_sequence,
     check_virtual,
     check_distribution,
     check_batch,
@@ -47,6 +51,7 @@ class Layout(NamedTuple):
     num_layers_per_virtual_pipeline_stage: int | None
     num_virtual_stages_per_pipeline_rank: int | None
     pipeline_schedule: str | None
+    pipeline_model_parallel_split_rank: int | None
     decoder_first_pipeline_num_layers: int | None
     decoder_last_pipeline_num_layers: int | None
     pp_partition_method: str | None
@@ -98,25 +103,27 @@ def _proposal(
 
 def _candidates(asked: Layout, config: Config, world_size: int) -> Iterator[Layout]:
     """Every layout on these ranks that uses no axis but tp and pp unless it was asked for."""
-    layers = config.model.num_layers or 1
+    layers, splits = config.model.total_layers, {asked.pipeline_model_parallel_split_rank, None}
     schedules = {asked.pipeline_schedule, None if asked.pipeline_schedule == "interleaved" else asked.pipeline_schedule}
     for tp in divisors(world_size):
         # Without tensor parallelism --sequence-parallel does nothing, so that it may stay.
         cuts = (True, False) if asked.sequence_parallel and tp > 1 else (asked.sequence_parallel,)
-        for ring, ulysses in _context_sizes(asked, world_size // tp):
+        for ring, ulysses in _context_sizes(asked, world_size // tp, bool(beyond_the_ring(config))):
             for pp in divisors(world_size // (tp * ring * ulysses)):
-                for cut, (per_chunk, per_rank), schedule in product(cuts, _virtual(asked, layers // pp), schedules):
-                    even = Layout(tp, ring, ulysses, pp, cut, per_chunk, per_rank, schedule, None, None, None)
+                options = product(cuts, _virtual(asked, layers // pp), schedules, splits)
+                for cut, (per_chunk, per_rank), schedule, split in options:
+                    even = Layout(tp, ring, ulysses, pp, cut, per_chunk, per_rank, schedule, split, None, None, None)
                     yield even
                     yield Layout(*even[:-3], *asked[-3:])
 
 
-def _context_sizes(asked: Layout, ranks: int) -> Iterator[tuple[int, int]]:
+def _context_sizes(asked: Layout, ranks: int, no_ring: bool) -> Iterator[tuple[int, int]]:
+    """Ring and Ulysses: what was asked for, and Ulysses where the ring cannot serve."""
     yield 1, 1
     for size in divisors(ranks)[1:]:
-        if asked.context_parallel_size > 1:
+        if asked.context_parallel_size > 1 and not no_ring:
             yield size, 1
-        if asked.ds_sequence_parallel_size > 1:
+        if asked.ds_sequence_parallel_size > 1 or (asked.context_parallel_size > 1 and no_ring):
             yield 1, size
 
 
@@ -132,12 +139,19 @@ def _virtual(asked: Layout, layers_of_stage: int) -> Iterator[tuple[int | None, 
 
 def _distance(asked: Layout, found: Layout) -> float:
     """How far a layout is from what was asked for: doublings of sizes, and a little for what is left out."""
-    far = sum(abs(math.log2(wanted / size)) for wanted, size in zip(asked[:4], found[:4], strict=True))
+    far = sum(abs(math.log2(wanted / size)) for wanted, size in zip(_sizes(asked), _sizes(found), strict=True))
     far += 0.5 * (asked.sequence_parallel != found.sequence_parallel)
+    far += 0.5 * (asked.ds_sequence_parallel_size == 1 < found.ds_sequence_parallel_size)
     for wanted, other in zip(asked[5:], found[5:], strict=True):
         if wanted != other:
             far += abs(math.log2(wanted / other)) if isinstance(wanted, int) and isinstance(other, int) else 0.75
     return far
+
+
+def _sizes(layout: Layout) -> tuple[int, int, int]:
+    """tp, ranks that share a sequence in either way, pp."""
+    context = max(layout.context_parallel_size, layout.ds_sequence_parallel_size)
+    return layout.tensor_model_parallel_size, context, layout.pipeline_model_parallel_size
 
 
 def _flags(asked: Layout, found: Layout) -> tuple[list[str], list[str]]:

@@ -11,11 +11,13 @@ from megatron_ds.errors import ConfigError
 
 def check_required(config: Config) -> Iterator[ConfigError]:
     """Flags that have no sensible default."""
+    is_t5 = config.model.model_type == "T5"
     wanted = {
-        "--num-layers 12": config.model.num_layers,
+        "--num-layers 12": _first_given(config.model.num_layers, config.model.encoder_num_layers if is_t5 else None),
         "--hidden-size 768": config.model.hidden_size,
         "--num-attention-heads 12": config.model.num_attention_heads,
-        "--seq-length 1024": config.data.seq_length,
+        "--encoder-seq-length 512" if is_t5 else "--seq-length 1024": config.data.seq_length,
+        "--decoder-seq-length 128": config.data.decoder_seq_length if is_t5 else 0,
         "--micro-batch-size 4": config.training.micro_batch_size,
         "--lr 3e-4": config.optimizer.lr,
         "--train-iters 1000": _first_given(config.training.train_iters, config.training.train_samples),
@@ -83,7 +85,39 @@ def check_numbers(config: Config) -> Iterator[ConfigError]:
         for flag, value in values.items():
             if value is not None and not value >= least:  # NaN is not
                 yield ConfigError(flag, str(value), f"at least {least}", f"{flag} {least} or more")
+    yield from _check_variants(config)
     yield from _check_bounded(config)
+
+
+def _check_variants(config: Config) -> Iterator[ConfigError]:
+    """Numbers of one kind of model or data."""
+    model, data = config.model, config.data
+    for flag, number, least in (
+        ("--encoder-num-layers", model.encoder_num_layers, 1),
+        ("--decoder-num-layers", model.decoder_num_layers, 1),
+        ("--decoder-seq-length", data.decoder_seq_length, 1),
+        ("--relative-attention-num-buckets", model.relative_attention_num_buckets, 1),
+        ("--relative-attention-max-distance", model.relative_attention_max_distance, 1),
+        ("--rope-scaling-original-max-position-embeddings", model.rope_scaling_original_max_position_embeddings, 1),
+        ("--window-size", model.window_size, 0),
+        ("--mean-noise-span-length", data.mean_noise_span_length, 1),
+    ):
+        if number is not None and not least <= number < math.inf:
+            yield ConfigError(flag, str(number), f"at least {least}", f"{flag} {least} or more")
+    for flag, share, usual in (("--mask-prob", data.mask_prob, 0.15), ("--noise-density", data.noise_density, 0.15)):
+        if share is not None and not 0 < share < 1:
+            yield ConfigError(flag, str(share), "more than 0, less than 1", f"{flag} {usual}")
+    if not 0 <= data.short_seq_prob <= 1:
+        yield ConfigError("--short-seq-prob", str(data.short_seq_prob), "0 to 1", "--short-seq-prob 0.1")
+    for flag, factor, usual in (
+        ("--rotary-seq-len-interpolation-factor", model.rotary_seq_len_interpolation_factor, 2),
+        ("--rope-scaling-factor", model.rope_scaling_factor, 8),
+        ("--rope-scaling-low-freq-factor", model.rope_scaling_low_freq_factor, 1),
+        ("--rope-scaling-high-freq-factor", model.rope_scaling_high_freq_factor, 4),
+        ("--softmax-scale", model.softmax_scale, 1),
+    ):
+        if factor is not None and not 0 < factor < math.inf:
+            yield ConfigError(flag, str(factor), "more than 0, and finite", f"{flag} {usual}")
 
 
 def _check_bounded(config: Config) -> Iterator[ConfigError]:

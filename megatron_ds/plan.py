@@ -8,12 +8,14 @@ from typing import NamedTuple
 
 from megatron_ds.batch import BatchSchedule, batch_schedule
 from megatron_ds.config import Config
+from megatron_ds.model.chunk import Lengths, Stage
+from megatron_ds.model.config import TransformerConfig
 from megatron_ds.model.embedding import Vocab
-from megatron_ds.model.gpt import Stage
+from megatron_ds.parallel.config import ParallelConfig
 from megatron_ds.pipeline.schedule import Actions, ScheduleName, build
 from megatron_ds.rules import check_config
 from megatron_ds.rules_layout import ranks_per_replica
-from megatron_ds.stages import cut_layers, parameter_weights
+from megatron_ds.stages import cut_layers, cut_two_stacks, parameter_weights
 from megatron_ds.training.config import TrainingConfig
 
 
@@ -33,7 +35,7 @@ class Plan:
     sizes: dict[str, int]
     """Extent of every axis: pp, dp, cp, tp."""
     vocab: Vocab
-    seq_length: int
+    lengths: Lengths
     max_positions: int
     micro_batch_size: int
     global_batch_size: int
@@ -45,6 +47,11 @@ class Plan:
     schedule: ScheduleName
     stages: tuple[tuple[Stage, ...], ...]
     """Of each pipeline rank its chunks; virtual stage chunk * pp + stage."""
+
+    @property
+    def seq_length(self) -> int:
+        """Positions of a sample; of T5's the encoder's."""
+        return self.lengths.tokens
 
     @property
     def num_chunks(self) -> int:
@@ -89,20 +96,21 @@ def make_plan(config: Config, world_size: int, vocab_size: int) -> Plan:
     """
     check_config(config, world_size)
     parallel, training, seq_length = config.parallel, config.training, config.data.seq_length
-    assert seq_length and training.micro_batch_size and config.model.num_layers
+    assert seq_length and training.micro_batch_size
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     dp = world_size // ranks_per_replica(parallel)
     batches = batch_schedule(training, seq_length, training.micro_batch_size * dp)
     train_iters = training.train_iters or batches.iterations(training.train_samples or 0)
     evaluations = train_iters // training.eval_interval + 1
     vocab = Vocab(vocab_size, pad_vocabulary(vocab_size, config.tokenizer.make_vocab_size_divisible_by * tp))
-    max_positions = config.model.max_position_embeddings or seq_length
-    chunks = parallel.virtual_stages(config.model.num_layers)
+    lengths = Lengths(seq_length, config.data.decoder_seq_length or 0)
+    max_positions = config.model.max_position_embeddings or max(lengths)
+    chunks = parallel.virtual_stages(config.model.total_layers)
     return Plan(
         world_size=world_size,
         sizes={"pp": pp, "dp": dp, "cp": parallel.context_size, "tp": tp},
         vocab=vocab,
-        seq_length=seq_length,
+        lengths=lengths,
         max_positions=max_positions,
         micro_batch_size=training.micro_batch_size,
         global_batch_size=batches.final,
@@ -116,15 +124,25 @@ def make_plan(config: Config, world_size: int, vocab_size: int) -> Plan:
         zero_stage=config.optimizer.effective_zero_stage,
         # With one virtual stage on every rank the interleaved order is 1F1B's.
         schedule="1f1b" if chunks == 1 and parallel.schedule_name == "interleaved" else parallel.schedule_name,
-        stages=cut_layers(
-            config.model.num_layers,
-            pp,
-            chunks,
-            first=parallel.decoder_first_pipeline_num_layers,
-            last=parallel.decoder_last_pipeline_num_layers,
-            method=parallel.pp_partition_method,
-            parameters=parameter_weights(config.model, vocab.padded, max_positions),
-        ),
+        stages=stages_of(config.model, parallel, lengths, vocab, max_positions),
+    )
+
+
+def stages_of(
+    model: TransformerConfig, parallel: ParallelConfig, lengths: Lengths, vocab: Vocab, max_positions: int
+) -> tuple[tuple[Stage, ...], ...]:
+    """Of each pipeline rank its chunks."""
+    stages, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_stages(model.total_layers)
+    if model.model_type == "T5":
+        return cut_two_stacks(model, lengths, stages, chunks, parallel.pipeline_model_parallel_split_rank)
+    return cut_layers(
+        model.total_layers,
+        stages,
+        chunks,
+        first=parallel.decoder_first_pipeline_num_layers,
+        last=parallel.decoder_last_pipeline_num_layers,
+        method=parallel.pp_partition_method,
+        parameters=parameter_weights(model, vocab.padded, max_positions),
     )
 
 

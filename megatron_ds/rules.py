@@ -15,6 +15,7 @@ from megatron_ds.limits import check_numbers, check_required
 from megatron_ds.optim.lr import lr_errors
 from megatron_ds.rules_batch import check_growth
 from megatron_ds.rules_layout import check_pipeline_names, fitting_heads, kv_flag
+from megatron_ds.rules_model import check_masking, check_positions, check_readers, check_stack_names, check_variants
 from megatron_ds.rules_recompute import check_recompute
 from megatron_ds.training.config import logging_errors
 from megatron_ds.ways import NO_WAYS, divisors, either, nearest
@@ -119,9 +120,16 @@ def check_checkpoint(config: Config) -> Iterator[ConfigError]:
         yield ConfigError(
             "--save-interval", "--save without it", "iterations between two saves", "--save-interval 1000"
         )
-    for flag, given in (("--ckpt-step", options.ckpt_step is not None), ("--finetune", options.finetune)):
+    for flag, given in (
+        ("--ckpt-step", options.ckpt_step is not None),
+        ("--finetune", options.finetune),
+        ("--use-checkpoint-args", options.use_checkpoint_args),
+        ("--exit-on-missing-checkpoint", options.exit_on_missing_checkpoint),
+    ):
         if given and options.load is None:
             yield ConfigError(flag, "no --load", "the checkpoint that it is about", f"--load DIR, or leave {flag} out")
+    if options.use_checkpoint_args and config.preset.model_preset:
+        yield ConfigError("--use-checkpoint-args and --model-preset", "both", "one of them", "leave --model-preset out")
 
 
 def check_data(config: Config) -> Iterator[ConfigError]:
@@ -148,25 +156,11 @@ def check_data(config: Config) -> Iterator[ConfigError]:
         yield error
 
 
-def check_positions(config: Config) -> Iterator[ConfigError]:
-    """Every position of a sample has a row in the table of positions; names are known."""
-    model, seq = config.model, config.data.seq_length or 1
-    if model.position_embedding_type not in ("learned_absolute", "rope"):
-        yield ConfigError(
-            "--position-embedding-type",
-            model.position_embedding_type,
-            "learned_absolute or rope",
-            "--position-embedding-type rope",
-        )
-    if model.normalization not in ("LayerNorm", "RMSNorm"):
-        yield ConfigError("--normalization", model.normalization, "LayerNorm or RMSNorm", "--normalization LayerNorm")
-    if not model.uses_rope and (model.max_position_embeddings or seq) < seq:
-        yield ConfigError(
-            "--max-position-embeddings",
-            f"{model.max_position_embeddings}, with --seq-length {seq}",
-            "at least the sequence length",
-            f"--max-position-embeddings {seq}",
-        )
+def check_norm(config: Config) -> Iterator[ConfigError]:
+    """The norm's name is known."""
+    name = config.model.normalization
+    if name not in ("LayerNorm", "RMSNorm"):
+        yield ConfigError("--normalization", name, "LayerNorm or RMSNorm", "--normalization LayerNorm")
 
 
 def check_precision(config: Config) -> Iterator[ConfigError]:
@@ -220,15 +214,20 @@ def check_logging(config: Config) -> Iterator[ConfigError]:
 
 
 CHECKS: tuple[Callable[[Config], Iterator[ConfigError]], ...] = (
+    check_readers,
     check_model,
+    check_variants,
+    check_positions,
     check_rope,
+    check_stack_names,
+    check_masking,
     check_pipeline_names,
     check_recompute,
     check_growth,
     check_duration,
     check_checkpoint,
     check_data,
-    check_positions,
+    check_norm,
     check_precision,
     check_optimizer,
     check_logging,

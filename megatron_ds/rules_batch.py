@@ -48,7 +48,7 @@ def batch_unit(config: Config, world_size: int) -> tuple[int, int]:
     """(micro-batch x dp, that of which every batch is a multiple: interleaving wants micro-batches in groups of pp)."""
     parallel, micro = config.parallel, config.training.micro_batch_size or 1
     share = micro * (world_size // ranks_per_replica(parallel))
-    interleaves = parallel.schedule_name == "interleaved" and parallel.virtual_stages(config.model.num_layers or 1) > 1
+    interleaves = parallel.schedule_name == "interleaved" and parallel.virtual_stages(config.model.total_layers) > 1
     return share, share * (parallel.pipeline_model_parallel_size if interleaves else 1)
 
 

@@ -145,7 +145,7 @@ def _even_length(config: Config) -> int:
 
 def check_virtual(config: Config, world_size: int, ways: Ways) -> Iterator[ConfigError]:
     """Virtual stages go with the interleaved schedule, with stages to interleave, and by one number."""
-    parallel, layers = config.parallel, config.model.num_layers or 1
+    parallel, layers = config.parallel, config.model.total_layers
     pp, named = parallel.pipeline_model_parallel_size, parallel.pipeline_schedule
     per_chunk, per_rank = parallel.num_layers_per_virtual_pipeline_stage, parallel.num_virtual_stages_per_pipeline_rank
     virtual = f"--num-virtual-stages-per-pipeline-rank {per_rank}"
@@ -185,7 +185,9 @@ def check_virtual(config: Config, world_size: int, ways: Ways) -> Iterator[Confi
 
 def check_layers(config: Config, world_size: int, ways: Ways) -> Iterator[ConfigError]:
     """Every stage and virtual stage holds a layer, and the same number unless the flags say otherwise."""
-    parallel, layers = config.parallel, config.model.num_layers or 1
+    if config.model.model_type == "T5":
+        return  # its two stacks have a rule of their own
+    parallel, layers = config.parallel, config.model.total_layers
     pp, per_chunk = parallel.pipeline_model_parallel_size, parallel.num_layers_per_virtual_pipeline_stage
     chunks = parallel.num_virtual_stages_per_pipeline_rank or 1
     unit, share = pp * (per_chunk or chunks), ""
@@ -229,7 +231,7 @@ def uneven_flags(parallel: ParallelConfig) -> list[str]:
 
 def _end_errors(config: Config, ways: Ways, flags: list[str]) -> Iterator[ConfigError]:
     """What the ends leave is shared evenly by the stages between them."""
-    parallel, layers, pp = config.parallel, config.model.num_layers or 1, config.parallel.pipeline_model_parallel_size
+    parallel, layers, pp = config.parallel, config.model.total_layers, config.parallel.pipeline_model_parallel_size
     ends = (parallel.decoder_first_pipeline_num_layers or 0) + (parallel.decoder_last_pipeline_num_layers or 0)
     between, left = pp - len(flags), layers - ends
     if pp > 1 and (left == 0 if between == 0 else left >= between and left % between == 0):

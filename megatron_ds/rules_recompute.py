@@ -43,27 +43,28 @@ def check_recompute(config: Config) -> Iterator[ConfigError]:
         flags = ", ".join(given)
         full_too = "" if recompute.recompute_activations else FULL
         yield ConfigError(flags, what, f"{FULL}, to which it belongs", either(full_too, f"leave {flags} out"))
-    elif recompute.num_layers > (config.model.num_layers or 1):
+    elif recompute.num_layers > config.model.total_layers:
         yield ConfigError(
             "--recompute-num-layers",
-            f"{recompute.num_layers}, of {config.model.num_layers} layers",
+            f"{recompute.num_layers}, of {config.model.total_layers} layers",
             "at most all layers",
-            f"--recompute-num-layers {config.model.num_layers}",
+            f"--recompute-num-layers {config.model.total_layers}",
         )
 
 
 def check_distribution(config: Config, world_size: int, ways: Ways) -> Iterator[ConfigError]:
     """Kept inputs are cut over tp, unless they are cut already."""
     tp, cut = config.parallel.tensor_model_parallel_size, config.parallel.sequence_parallel
-    positions = (config.data.seq_length or 1) // max(1, config.parallel.context_size)
-    elements = positions * (config.training.micro_batch_size or 1) * (config.model.hidden_size or 1)
-    if not config.recompute.distribute_saved_activations or (tp > 1 and not cut and elements % tp == 0):
+    lengths = (config.data.seq_length or 1) // max(1, config.parallel.context_size), config.data.decoder_seq_length or 0
+    kept = [length * (config.training.micro_batch_size or 1) * (config.model.hidden_size or 1) for length in lengths]
+    uneven = [elements for elements in kept if elements % tp]
+    if not config.recompute.distribute_saved_activations or (tp > 1 and not cut and not uneven):
         return
     found, expected = "--sequence-parallel beside it", "one of them: with --sequence-parallel they are cut already"
     if tp == 1:
         found, expected = "--tensor-model-parallel-size 1", "ranks over which to cut the kept inputs"
     elif not cut:
-        found, expected = f"{elements} elements to keep, over {tp} ranks", "a kept input that divides by tp"
+        found, expected = f"{uneven[0]} elements to keep, over {tp} ranks", "a kept input that divides by tp"
     yield ConfigError(
         "--distribute-saved-activations",
         found,

@@ -7,8 +7,8 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from megatron_ds.errors import ConfigError
+from megatron_ds.model.chunk import Lengths, Stage
 from megatron_ds.model.config import TransformerConfig
-from megatron_ds.model.gpt import Stage
 
 EMBEDDING, LAYER, NORM, HEAD = (
     "EmbeddingPipe",
@@ -50,12 +50,65 @@ def cut_layers(
     else:
         counts = [num_layers // (num_stages * num_chunks)] * (num_stages * num_chunks)
     assert sum(counts) == num_layers
+    return _deal(counts, num_stages)
+
+
+def cut_two_stacks(
+    model: TransformerConfig, lengths: Lengths, num_stages: int, num_chunks: int = 1, split: int | None = None
+) -> tuple[tuple[Stage, ...], ...]:
+    """The chunks of each stage of an encoder and a decoder, one stack after the other.
+
+    split: the first stage of the decoder; both sides are then shared evenly. Otherwise chunks do about equal work.
+    """
+    work = _work(model, lengths)
+    if split is None:
+        return _deal(share_work(work, num_stages * num_chunks), num_stages)
+    before = model.encoder_layers
+    return _deal(share_work(work[:before], split) + share_work(work[before:], num_stages - split), num_stages)
+
+
+def _deal(counts: list[int], num_stages: int) -> tuple[tuple[Stage, ...], ...]:
+    """Chunks of so many layers, dealt out to the stages in turn."""
     stops = list(accumulate(counts))
     cut = [
         Stage(stop - count, stop, is_first=number == 0, is_last=number == len(counts) - 1)
         for number, (count, stop) in enumerate(zip(counts, stops, strict=True))
     ]
     return tuple(tuple(cut[stage::num_stages]) for stage in range(num_stages))
+
+
+def _work(model: TransformerConfig, lengths: Lengths) -> list[int]:
+    """What each layer multiplies per sample: its parameters, each as often as there are positions."""
+    assert model.hidden_size
+    attention = (
+        2 * model.hidden_size * model.head_size * (model.num_attention_heads or 1)
+    )  # of two of its four matrices
+    mlp = model.hidden_size * model.ffn_size * (3 if model.gated else 2)
+    encoder = lengths.tokens * (2 * attention + mlp)
+    decoder = lengths.decoder * (3 * attention + mlp) + lengths.tokens * attention
+    return [encoder] * model.encoder_layers + [decoder] * model.decoder_layers
+
+
+def share_work(work: list[int], parts: int) -> list[int]:
+    """Layers of each part, at least one, in order, so that the heaviest part is as light as can be."""
+    low, high = max(work), sum(work)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(_fill(work, parts, middle)) <= parts else (middle + 1, high)
+    return _fill(work, parts, low)
+
+
+def _fill(work: list[int], parts: int, most: int) -> list[int]:
+    """Layers of each part if none may do more than `most`; no part takes what later ones need at least."""
+    counts, load = [0], 0
+    for number, one in enumerate(work):
+        left = len(work) - number
+        if counts[-1] and (load + one > most or left <= parts - len(counts)):
+            counts.append(0)
+            load = 0
+        counts[-1] += 1
+        load += one
+    return counts
 
 
 def balance(num_layers: int, num_stages: int, weights: Weights) -> list[int]:
@@ -115,8 +168,8 @@ def parameter_weights(model: TransformerConfig, padded_vocab: int, positions: in
     norm = hidden * (2 if model.normalization == "LayerNorm" else 1)
     queries, qkv = heads * model.head_size, (heads + 2 * model.kv_heads) * model.head_size
     attention = (hidden + qkv_bias) * qkv + (queries + bias) * hidden
-    up = model.ffn_size * (2 if model.swiglu else 1)
+    up = model.ffn_size * (2 if model.gated else 1)
     mlp = (hidden + bias) * up + (model.ffn_size + bias) * hidden
     table = padded_vocab * hidden
-    learned = 0 if model.uses_rope else positions * hidden
+    learned = positions * hidden if model.positions == "learned_absolute" else 0
     return Weights(table + learned, attention + mlp + 2 * norm, norm + table)

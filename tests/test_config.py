@@ -5,18 +5,28 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
+from typing import Any
 
 import pytest
 
 from megatron_ds.cli import flags_of
 from megatron_ds.compat import HINTS, CompatConfig
-from megatron_ds.config import GROUPS, Config, parse, parser
-from megatron_ds.errors import ConfigError
+from megatron_ds.config import (
+    GROUPS,
+    Config,
+    attributed,
+    explain,
+    overridden,
+    parse,
+    parser,
+    with_checkpoint_model,
+)
+from megatron_ds.errors import CheckpointError, ConfigError
 
 # Flags of Megatron-LM and Megatron-DeepSpeed that change nothing here, with a value where they take one.
 WITHOUT_EFFECT = """
     --use-mcore-models --use-flash-attn --use-flash-attn-v1 --use-flash-attn-v2 --use-flash-attn-triton
-    --use-flash-attn-builder --no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-swiglu-fusion
+    --use-flash-attn-builder --no-masked-softmax-fusion --no-position-embedding --no-bias-swiglu-fusion
     --no-bias-dropout-fusion --no-rope-fusion --no-persist-layer-norm --no-gradient-accumulation-fusion
     --no-async-tensor-model-parallel-allreduce --cross-entropy-loss-fusion --cross-entropy-fusion-impl=te
     --abort-on-unmet-fused-kernel-constraints --disable-mem-efficient-ln --sync-tp-duplicated-parameters
@@ -64,6 +74,13 @@ WITH_EFFECT = """
     --recompute-activations --partition-activations --checkpoint-in-cpu --sequence-parallel
     --context-parallel-size=2 --ds-sequence-parallel-size=2 --num-layers-per-virtual-pipeline-stage=1
     --step-batch-size-schedule=0:8 --grad-reduce-in-bf16 --enable-zbh1-pipeline
+    --decoder-seq-length=128 --encoder-num-layers=12 --decoder-num-layers=6 --mask-prob=0.2 --short-seq-prob=0.2
+    --noise-density=0.15 --mean-noise-span-length=3 --bert-no-binary-head --no-bias-gelu-fusion --openai-gelu
+    --apply-layernorm-1p --apply-residual-connection-post-layernorm --embed-layernorm --qk-layernorm --squared-relu
+    --glu-activation=geglu --add-qkv-bias --reset-attention-mask --reset-position-ids --eod-mask-loss
+    --pipeline-model-parallel-split-rank=1 --use-rope-scaling --rope-scaling-factor=32 --window-size=511
+    --rotary-seq-len-interpolation-factor=4 --relative-attention-num-buckets=16 --relative-attention-max-distance=64
+    --use-checkpoint-args --exit-on-missing-checkpoint --print-config
 """
 
 DEFAULTS = """
@@ -197,6 +214,134 @@ def test_what_a_recipe_prefers_yields_to_what_is_typed() -> None:
     assert parse(["--tokenizer-type", "NullTokenizer"], recipe).tokenizer.tokenizer_type == "NullTokenizer"
     with pytest.raises(ConfigError, match="sequence"):
         parse([], {"sequence": 512})
+
+
+def test_what_has_no_flag_is_for_the_recipe_to_say() -> None:
+    assert parse([], {"model_type": "T5"}).model.model_type == "T5"
+    assert error_of("--model-type", "T5").subject == "--model-type"
+
+
+def test_origins() -> None:
+    config = parse(["--num-layers=3", "--model-preset=gpt2-355m", "--swiglu"], {"seq_length": 8, "hidden_size": 5})
+    assert config.origins == {
+        "model.num_layers": "command line",
+        "preset.model_preset": "command line",
+        "model.swiglu": "command line",
+        "model.hidden_size": "preset gpt2-355m",
+        "model.num_attention_heads": "preset gpt2-355m",
+        "model.max_position_embeddings": "preset gpt2-355m",
+        "data.seq_length": "recipe",
+    }
+    assert (config.model.num_layers, config.model.hidden_size, config.data.seq_length) == (3, 1024, 8)
+
+
+def test_what_a_file_changes_is_put_down_to_it() -> None:
+    before = parse(["--micro-batch-size=2", "--lr=0.1"])
+    new = dataclasses.replace(before.training, micro_batch_size=4, global_batch_size=8)
+    after = attributed(before, dataclasses.replace(before, training=new), "a file")
+    assert after.origins == {
+        "optimizer.lr": "command line",
+        "training.micro_batch_size": "a file",
+        "training.global_batch_size": "a file",
+    }
+    assert after.typed == {"optimizer.lr"}
+    assert overridden(before, after) == ["--micro-batch-size: 2 was typed, 4 holds (a file)"]
+
+
+def explained(*argv: str, **recipe: object) -> dict[str, list[str]]:
+    """Of each flag in the table, value and origin."""
+    lines = explain(parse(argv, recipe)).splitlines()
+    rows = [re.split(r" {2,}", line.strip()) for line in lines if line.startswith("  --")]
+    return {flag: rest for flag, *rest in rows}
+
+
+def test_explain_shows_every_value_and_its_origin() -> None:
+    rows = explained("--swiglu", "--disable-bias-linear", "--rampup-batch-size", "8", "8", "99", "--use-flash-attn")
+    assert rows["--swiglu"] == ["on", "command line"]
+    assert rows["--disable-bias-linear"] == ["on", "command line"]
+    assert rows["--no-mmap-bin-files"] == ["off", "default"]
+    assert rows["--rampup-batch-size"] == ["8 8 99", "command line"]
+    assert rows["--use-flash-attn"] == ["on", "command line"]
+    assert rows["--vocab-file"] == ["-", "default"]
+    assert explained(vocab_file="x")["--vocab-file"] == ["x", "recipe"]
+    shown = {flag.names[0] for group in GROUPS.values() if group is not CompatConfig for flag in flags_of(group)}
+    assert set(rows) == shown | {"--use-flash-attn"}
+
+
+def test_explain_puts_defaults_last_in_every_group() -> None:
+    sections = explain(parse(["--norm-epsilon=1e-6", "--adam-eps=1", "--lr=1"])).split("\n\n")
+    for section in sections[:-1]:
+        origins = [line.endswith(" default") for line in section.splitlines()[1:]]
+        assert origins == sorted(origins), section
+
+
+def test_explain_works_out_what_follows() -> None:
+    def follows(*argv: str, **recipe: object) -> dict[str, str]:
+        last = explain(parse(argv, recipe)).split("\n\n")[-1].splitlines()
+        assert last[0] == "What follows"
+        return {name.strip(): value.strip() for name, value in (line.rsplit("   ", 1) for line in last[1:])}
+
+    llama = follows(
+        "--hidden-size=64", "--num-attention-heads=8", "--num-key-value-heads=2", "--swiglu", "--zero-stage=2"
+    )
+    assert (llama["head size"], llama["key/value heads"], llama["ZeRO stage"]) == ("8", "2", "2")
+    assert (llama["MLP width"], llama["activation"], llama["positions"]) == ("128", "swiglu", "learned_absolute")
+    t5 = follows("--encoder-num-layers=3", "--decoder-num-layers=2", "--relu", model_type="T5")
+    assert (t5["layers"], t5["activation"]) == ("3 in the encoder, 2 in the decoder", "relu")
+    assert "head size" not in t5
+
+
+TOKENIZER = {"tokenizer_type": "NullTokenizer", "vocab_size": 100, "vocab_file": "old/vocab.txt", "vocab_extra_ids": 7}
+
+
+def state_of(*argv: str, **recipe: object) -> dict[str, Any]:
+    """What a checkpoint of such a run says beside its tensors."""
+    config = parse(argv, recipe)
+    tokenizer = dataclasses.asdict(config.tokenizer) | TOKENIZER | {"make_vocab_size_divisible_by": 1}
+    return {"model": dataclasses.asdict(config.model), "tokenizer": tokenizer, "max_positions": 77}
+
+
+STORED = ["--num-layers=2", "--hidden-size=16", "--num-attention-heads=2", "--swiglu", "--norm-epsilon=1e-6"]
+
+
+def test_a_checkpoint_says_what_the_model_is() -> None:
+    typed = ["--load=d", "--hidden-size=32", "--num-layers=2", "--relu", "--vocab-file=new/vocab.txt", "--lr=1"]
+    before = parse(typed)
+    after = with_checkpoint_model(before, state_of(*STORED))
+    model, tokenizer = after.model, after.tokenizer
+    assert (model.num_layers, model.hidden_size, model.num_attention_heads) == (2, 16, 2)
+    assert (model.swiglu, model.relu, model.norm_epsilon, model.max_position_embeddings) == (True, False, 1e-6, 77)
+    assert (tokenizer.tokenizer_type, tokenizer.vocab_size, tokenizer.vocab_extra_ids) == ("NullTokenizer", 100, 7)
+    # a typed path says where the file lies now, and padding belongs to the layout
+    assert (tokenizer.vocab_file, tokenizer.make_vocab_size_divisible_by) == ("new/vocab.txt", 128)
+    assert after.origins["model.swiglu"] == "checkpoint d"
+    assert after.origins["optimizer.lr"] == "command line"
+    assert after.optimizer == before.optimizer
+    assert overridden(before, after) == [
+        "--hidden-size: 32 was typed, 16 holds (checkpoint d)",
+        "--relu: on was typed, off holds (checkpoint d)",
+    ]
+
+
+def test_a_checkpoint_remembers_its_files_unless_they_are_typed() -> None:
+    after = with_checkpoint_model(parse(["--load=d"]), state_of(*STORED))
+    assert after.tokenizer.vocab_file == "old/vocab.txt"
+
+
+def test_a_checkpoint_of_another_recipe() -> None:
+    with pytest.raises(ConfigError) as caught:
+        with_checkpoint_model(parse(["--load=d"]), state_of(*STORED, model_type="BERT"))
+    assert (caught.value.subject, caught.value.fix) == ("--load d", "pretrain_bert.py")
+
+
+@pytest.mark.parametrize("key", ["model", "tokenizer", "max_positions"])
+def test_a_checkpoint_that_says_nothing(key: str) -> None:
+    state = state_of(*STORED)
+    del state[key]
+    with pytest.raises(CheckpointError, match=f"cannot be read: '{key}'"):
+        with_checkpoint_model(parse(["--load=d"]), state)
+    with pytest.raises(CheckpointError, match="hidden_sise"):
+        with_checkpoint_model(parse(["--load=d"]), state_of(*STORED) | {"model": {"hidden_sise": 3}})
 
 
 def test_a_config_needs_no_command_line() -> None:

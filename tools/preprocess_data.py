@@ -3,6 +3,9 @@
 
     python tools/preprocess_data.py --input corpus.jsonl --output-prefix my-corpus --append-eod \\
         --vocab-file vocab.json --merge-file merges.txt --workers 8      ->  my-corpus_text_document.bin, .idx, .json
+
+    python tools/preprocess_data.py --input corpus.jsonl --output-prefix my-corpus --split-sentences \\
+        --tokenizer-type BertWordPieceLowerCase --vocab-file vocab.txt   ->  my-corpus_text_sentence.bin, .idx, .json
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_ds import log
 from megatron_ds.cli import Parser, arg
 from megatron_ds.data.config import TokenizerConfig
-from megatron_ds.data.preprocess import preprocess
+from megatron_ds.data.preprocess import Job, preprocess
 from megatron_ds.errors import ConfigError, DataError, UserError
 
 
@@ -33,7 +36,14 @@ class PreprocessConfig:
     json_keys: tuple[str, ...] = arg(
         ("text",), "Keys to take texts from; each makes a dataset of its own.", metavar="KEY"
     )
-    output_prefix: str | None = arg(None, "Writes PREFIX_KEY_document.bin and .idx.", metavar="PREFIX")
+    output_prefix: str | None = arg(
+        None, "Writes PREFIX_KEY_document.bin and .idx, of split text PREFIX_KEY_sentence.", metavar="PREFIX"
+    )
+    split_sentences: bool = arg(
+        False, "One sequence per sentence, as BERT and T5 want it; a list of texts is taken as split already."
+    )
+    keep_newlines: bool = arg(False, "Keep line breaks within and after sentences, instead of taking them for blanks.")
+    lang: str = arg("english", "Language whose sentences are split; there is one.", metavar="NAME")
     append_eod: bool = arg(False, "End each document with the end-of-document token.")
     workers: int = arg(1, "Processes that tokenize.")
     partitions: int = arg(1, "Accepted for Megatron's sake: one pass keeps the order and needs no parts.")
@@ -68,12 +78,15 @@ def run(config: PreprocessConfig, tokenizer: TokenizerConfig) -> None:
         raise ConfigError(missing, found="nothing", expected="--input FILE and --output-prefix PREFIX")
     if not config.json_keys or config.workers < 1 or config.log_interval < 1:
         raise ConfigError("--json-keys, --workers, --log-interval", expected="at least one key, numbers >= 1")
+    if config.lang != "english":
+        raise ConfigError(
+            "--lang", found=config.lang, expected="english", fix='split it yourself: {"text": ["A sentence.", ...]}'
+        )
+    job = Job(tokenizer, config.json_keys, config.append_eod, config.split_sentences, config.keep_newlines)
     summary = preprocess(
         _inputs(config.input),
         config.output_prefix,
-        tokenizer,
-        keys=config.json_keys,
-        append_eod=config.append_eod,
+        job,
         workers=config.workers,
         log_interval=config.log_interval,
         skip_bad_lines=config.skip_bad_lines,

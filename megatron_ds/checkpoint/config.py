@@ -18,6 +18,12 @@ class CheckpointConfig:
         "unless it is also --save: then the run starts from scratch.",
         metavar="DIR",
     )
+    exit_on_missing_checkpoint: bool = arg(
+        False, "Without a checkpoint in --load leave with an error, even if it is also --save."
+    )
+    use_checkpoint_args: bool = arg(
+        False, "Take model and tokenizer from the checkpoint in --load, whatever else was typed about them."
+    )
     save_interval: int | None = arg(
         None, "Iterations between two saves.", "--save-interval", "--persistent-save-interval", metavar="N"
     )

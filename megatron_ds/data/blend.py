@@ -29,16 +29,18 @@ _SURPLUS = 0.005
 
 Array = npt.NDArray[Any]
 Weights = npt.NDArray[np.float64]
+Row = Any
+"""What a dataset gives for one sample: an array of tokens (GPT), or a dict of arrays and numbers (BERT, T5)."""
 
 
 class TokenDataset(Protocol):
-    """Rows of seq_length + 1 tokens."""
+    """Rows, one per sample; the same row number gives the same row."""
 
     def __len__(self) -> int:
         """Number of rows."""
         ...
 
-    def __getitem__(self, row: int, /) -> npt.NDArray[np.int64]:
+    def __getitem__(self, row: int, /) -> Row:
         """Row `row`."""
         ...
 
@@ -111,7 +113,7 @@ class BlendedDataset:
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, row: int) -> npt.NDArray[np.int64]:
+    def __getitem__(self, row: int) -> Row:
         return self.datasets[int(self.source[row])][int(self.sample[row])]
 
 

@@ -22,6 +22,13 @@ class DataConfig:
     test_data_path: tuple[str, ...] = arg((), "As --data-path, for the final test only.", metavar="P")
     split: str = arg("969, 30, 1", "Shares of documents for training, validation and test.", metavar="A,B,C")
     seq_length: int | None = arg(None, "Tokens of one sample.", "--seq-length", "--encoder-seq-length")
+    decoder_seq_length: int | None = arg(None, "T5: tokens of one sample's decoder.")
+    mask_prob: float = arg(0.15, "BERT, T5: share of the tokens that is masked.")
+    short_seq_prob: float = arg(0.1, "BERT, T5: share of samples that are cut short.")
+    noise_density: float | None = arg(
+        None, "T5: mask spans as the paper does, this share of the tokens (0.15), not Megatron's whole words."
+    )
+    mean_noise_span_length: float | None = arg(None, "T5: the same, with spans of this mean length (3).")
     data_cache_path: str | None = arg(
         None, "Folder for the built indices; without it cache/GPTDataset_indices beside the data.", metavar="DIR"
     )
@@ -31,6 +38,8 @@ class DataConfig:
     )
     eod_mask_loss: bool = arg(False, "No loss where the input token is the end of a document.")
     reset_position_ids: bool = arg(False, "Positions count from 0 again after each end of document.")
+    reset_attention_mask: bool = arg(False, "Tokens see only their own document; packed documents are as if alone.")
+    shuffle: bool = arg(True, "GPT: sample i is tokens [i s, i s + s] of the files as they are.")
     mock_data: bool = arg(False, "Train on random tokens, without files.")
     mmap_bin_files: bool = arg(True, "Read .bin files with pread instead of mapping them.", "--no-mmap-bin-files")
 
@@ -41,11 +50,11 @@ class TokenizerConfig:
 
     tokenizer_type: str | None = arg(
         None,
-        "GPT2BPETokenizer, SentencePieceTokenizer, GPTSentencePieceTokenizer, Llama2Tokenizer, HFTokenizer, "
-        "NullTokenizer.",
+        "GPT2BPETokenizer, BertWordPieceLowerCase, BertWordPieceCase, SentencePieceTokenizer, "
+        "GPTSentencePieceTokenizer, Llama2Tokenizer, HFTokenizer, NullTokenizer.",
         metavar="NAME",
     )
-    vocab_file: str | None = arg(None, "vocab.json of a GPT-2 style BPE.", metavar="FILE")
+    vocab_file: str | None = arg(None, "vocab.json of a GPT-2 style BPE, or vocab.txt of a WordPiece.", metavar="FILE")
     merge_file: str | None = arg(None, "merges.txt of a GPT-2 style BPE.", metavar="FILE")
     tokenizer_model: str | None = arg(
         None,

@@ -1,45 +1,21 @@
-"""From the data flags to the training, validation and test set."""
+"""From the data flags to the training, validation and test set of each kind of model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-
-import numpy as np
-
-from megatron_ds import log
-from megatron_ds.data.blend import (
-    Array,
-    Blend,
-    BlendedDataset,
-    TokenDataset,
-    Weights,
-    build_blend_index,
-    normalize,
-    parse_blend,
-    shares,
-    source_sizes,
-)
+from megatron_ds.data import bert, t5
+from megatron_ds.data.blend import TokenDataset
 from megatron_ds.data.config import DataConfig
+from megatron_ds.data.cuts import GPTCut, SentenceCut, TextCut
 from megatron_ds.data.gpt import GPTDataset, MockGPTDataset
-from megatron_ds.data.index_cache import IndexCache
-from megatron_ds.data.index_map import IndexMap, build_index_map
-from megatron_ds.data.indexed import IndexedDataset, raise_open_file_limit
-from megatron_ds.data.splits import Range, split_ranges
-from megatron_ds.data.vocabulary import check_vocabulary
+from megatron_ds.data.sentences import SentenceSamples
+from megatron_ds.data.sources import Datasets, build_datasets, mock_datasets
+from megatron_ds.data.tokenizer import Tokenizer
 from megatron_ds.errors import ConfigError, DataError
 
-PARTS = ("training", "validation", "test")
+__all__ = ["Datasets", "build_bert_datasets", "build_gpt_datasets", "build_t5_datasets"]
 
-
-@dataclass(frozen=True)
-class Datasets:
-    """The three sets; None where no sample was asked for, or where --split gives the part a share of 0."""
-
-    train: TokenDataset | None
-    valid: TokenDataset | None
-    test: TokenDataset | None
+_PAPER_DENSITY = 0.15
+_PAPER_SPAN_LENGTH = 3.0
 
 
 def build_gpt_datasets(
@@ -51,210 +27,196 @@ def build_gpt_datasets(
     vocab_size: int,
     tokenizer_fingerprint: str | None = None,
 ) -> Datasets:
-    """The sets that the data flags describe, each with at least the samples asked for. Every process may call it.
+    """GPT's sets: rows of seq_length + 1 tokens. Every process may call it.
 
     Comm:   none; processes share built indices through the cache folder
     Raises: ConfigError, DataError
     """
     if config.mock_data:
-        return Datasets(
-            *(MockGPTDataset(n, seq_length, vocab_size, seed + i) if n else None for i, n in enumerate(num_samples))
+        return mock_datasets(num_samples, lambda n, part: MockGPTDataset(n, seq_length, vocab_size, seed + part))
+    cut = GPTCut(
+        seq_length=seq_length,
+        vocab_size=vocab_size,
+        fingerprint=tokenizer_fingerprint,
+        seed=seed,
+        shuffle=config.shuffle,
+    )
+    return build_datasets(config, num_samples, cut)
+
+
+def build_bert_datasets(
+    config: DataConfig,
+    *,
+    num_samples: tuple[int, int, int],
+    seq_length: int,
+    seed: int,
+    vocab_size: int,
+    tokenizer: Tokenizer | None,
+    binary_head: bool,
+) -> Datasets:
+    """BERT's sets, as build_gpt_datasets; only --mock-data needs no tokenizer."""
+    _check_masking(config, seq_length, bert.SPECIAL_TOKENS)
+    if config.mock_data:
+        return mock_datasets(
+            num_samples,
+            lambda n, part: bert.MockBertDataset(n, seq_length, vocab_size, seed + part, config.mask_prob, binary_head),
         )
-    raise_open_file_limit()
-    sources = _Sources(config, seq_length, seed, vocab_size, tokenizer_fingerprint)
-    blends = _blends(config)
-    # All faults are found before the first index is built and stored.
-    for part, blend in enumerate(blends):
-        if blend is not None and num_samples[part]:
-            sources.check(part, blend, num_samples[part])
-    built = [
-        sources.part(part, blends[part], num_samples[part]) if num_samples[part] else None for part in range(len(PARTS))
-    ]
-    return Datasets(*built)
+    assert tokenizer is not None
+    vocabulary = bert.BertVocabulary.of(tokenizer)
+
+    def samples_of(samples: SentenceSamples) -> TokenDataset:
+        return bert.BertDataset(
+            samples,
+            vocabulary,
+            seq_length=seq_length,
+            seed=seed,
+            mask_prob=config.mask_prob,
+            binary_head=binary_head,
+        )
+
+    cut = SentenceCut(
+        seq_length=seq_length,
+        vocab_size=vocab_size,
+        fingerprint=tokenizer.fingerprint(),
+        seed=seed,
+        shuffle=config.shuffle,
+        max_tokens=seq_length - bert.SPECIAL_TOKENS,
+        min_sentences=2 if binary_head else 1,
+        short_seq_prob=config.short_seq_prob,
+        samples_of=samples_of,
+    )
+    return build_datasets(config, num_samples, cut)
 
 
-def _blends(config: DataConfig) -> list[Blend | None]:
-    """What training, validation and test read; None where nothing is given.
+def build_t5_datasets(
+    config: DataConfig,
+    *,
+    num_samples: tuple[int, int, int],
+    seq_length: int,
+    decoder_seq_length: int,
+    seed: int,
+    vocab_size: int,
+    tokenizer: Tokenizer | None,
+) -> Datasets:
+    """T5's sets, as build_gpt_datasets; only --mock-data needs no tokenizer."""
+    _check_masking(config, seq_length, t5.SPARE_TOKENS)
+    if config.mock_data:
+        return mock_datasets(
+            num_samples,
+            lambda n, part: t5.MockT5Dataset(n, seq_length, decoder_seq_length, vocab_size, seed + part),
+        )
+    assert tokenizer is not None
+    if not tokenizer.sentinels:
+        raise _too_few_sentinels(0, 1)
+    cut: SentenceCut | TextCut
+    if config.noise_density is None and config.mean_noise_span_length is None:
+        cut = _word_spans(config, tokenizer, seq_length, decoder_seq_length, seed, vocab_size)
+    else:
+        cut = _paper_spans(config, tokenizer, seq_length, decoder_seq_length, seed, vocab_size)
+    return build_datasets(config, num_samples, cut)
 
-    Raises: ConfigError unless the data come from --data-path or from the three flags
-    """
-    separate = {
-        "--train-data-path": config.train_data_path,
-        "--valid-data-path": config.valid_data_path,
-        "--test-data-path": config.test_data_path,
-    }
-    if config.data_path and any(separate.values()):
-        given = [flag for flag, words in separate.items() if words]
+
+def _word_spans(
+    config: DataConfig, tokenizer: Tokenizer, encoder_length: int, decoder_length: int, seed: int, vocab_size: int
+) -> SentenceCut:
+    """Megatron's spans."""
+    form = t5.T5Format(encoder_length, decoder_length, tokenizer.bos, tokenizer.eos, tokenizer.pad, tokenizer.sentinels)
+    masked, spans = t5.most_masked(encoder_length, config.mask_prob), t5.spans_needed(encoder_length, config.mask_prob)
+    if len(form.sentinels) < spans:
+        raise _too_few_sentinels(len(form.sentinels), spans)
+    if decoder_length < masked + spans + 1:
         raise ConfigError(
-            "--data-path", found=f"also {', '.join(given)}", expected="one or the other", fix="drop --data-path"
+            "--decoder-seq-length",
+            found=str(decoder_length),
+            expected=f"{masked} masked tokens of --encoder-seq-length {encoder_length}, {spans} sentinels and one more",
+            fix=f"--decoder-seq-length {masked + spans + 1}, or a lower --mask-prob",
         )
-    if config.data_path:
-        return [parse_blend(config.data_path, "--data-path")] * len(PARTS)
-    if not any(separate.values()):
+    max_spans = min(len(form.sentinels), decoder_length - masked - 1)
+
+    def samples_of(samples: SentenceSamples) -> TokenDataset:
+        return t5.T5Dataset(
+            samples,
+            form,
+            continuations=tokenizer.continuations,
+            separators=_separators(tokenizer),
+            seed=seed,
+            mask_prob=config.mask_prob,
+            max_spans=max_spans,
+        )
+
+    return SentenceCut(
+        seq_length=encoder_length,
+        vocab_size=vocab_size,
+        fingerprint=tokenizer.fingerprint(),
+        seed=seed,
+        shuffle=config.shuffle,
+        max_tokens=encoder_length - t5.SPARE_TOKENS,
+        min_sentences=1,
+        short_seq_prob=config.short_seq_prob,
+        samples_of=samples_of,
+    )
+
+
+def _separators(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """[CLS] and [SEP], which Megatron never masks, where the vocabulary has them."""
+    try:
+        return tokenizer.cls, tokenizer.sep
+    except DataError:
+        return ()
+
+
+def _paper_spans(
+    config: DataConfig, tokenizer: Tokenizer, encoder_length: int, decoder_length: int, seed: int, vocab_size: int
+) -> TextCut:
+    """The T5 paper's spans; its decoder begins with the padding token."""
+    density = _PAPER_DENSITY if config.noise_density is None else config.noise_density
+    mean = _PAPER_SPAN_LENGTH if config.mean_noise_span_length is None else config.mean_noise_span_length
+    if not 0 < density < 1:
+        raise ConfigError("--noise-density", found=str(density), expected="a share between 0 and 1", fix="0.15, say")
+    if not mean >= 1:
+        raise ConfigError("--mean-noise-span-length", found=str(mean), expected="at least 1 token", fix="3, say")
+    counts = t5.largest_counts(encoder_length, decoder_length, density, mean)
+    if counts is None:
         raise ConfigError(
-            "--data-path", found="nothing", expected="a dataset", fix="give --data-path PREFIX, or --mock-data"
+            "--encoder-seq-length, --decoder-seq-length",
+            found=f"{encoder_length}, {decoder_length}",
+            expected="room for a token, a sentinel and an end in both",
+            fix="longer sequences",
         )
-    return [parse_blend(words, flag) if words else None for flag, words in separate.items()]
+    if len(tokenizer.sentinels) < counts.spans:
+        raise _too_few_sentinels(len(tokenizer.sentinels), counts.spans)
+    form = t5.T5Format(encoder_length, decoder_length, tokenizer.pad, tokenizer.eos, tokenizer.pad, tokenizer.sentinels)
+
+    def samples_of(texts: GPTDataset) -> TokenDataset:
+        return t5.T5SpanDataset(texts, form, counts, seed)
+
+    return TextCut(
+        seq_length=counts.tokens,
+        vocab_size=vocab_size,
+        fingerprint=tokenizer.fingerprint(),
+        seed=seed,
+        shuffle=config.shuffle,
+        samples_of=samples_of,
+    )
 
 
-class _Sources:
-    """The opened datasets of one run, and what it takes to cut samples from them."""
+def _too_few_sentinels(found: int, needed: int) -> DataError:
+    return DataError(
+        "tokenizer",
+        found=f"{found} of the tokens <extra_id_0>, <extra_id_1> ..., which stand for T5's masked spans",
+        expected=f"at least {needed}",
+        fix=f"--vocab-extra-ids {max(100, needed)}",
+    )
 
-    def __init__(self, config: DataConfig, seq_length: int, seed: int, vocab_size: int, fingerprint: str | None):
-        self.config, self.seq_length, self.seed = config, seq_length, seed
-        self.vocab_size, self.fingerprint = vocab_size, fingerprint
-        self.opened: dict[str, IndexedDataset] = {}
-        self.caches: dict[Path, IndexCache] = {}
 
-    def check(self, part: int, blend: Blend, samples: int) -> None:
-        """Open what a part reads.
-
-        Raises: DataError for a damaged or unfitting file, or for a source without a token for this part
-        """
-        ranges = [self.range(prefix, part) for prefix in blend.prefixes]
-        if part and all(found is None for found in ranges):
-            return
-        for prefix, (begin, end) in zip(blend.prefixes, (found or (0, 0) for found in ranges), strict=True):
-            if not int(self.open(prefix).lengths[begin:end].sum(dtype="int64")):
-                raise self.empty(part, self.open(prefix), samples)
-
-    def part(self, part: int, blend: Blend | None, samples: int) -> TokenDataset | None:
-        """One of the three sets."""
-        if blend is None:
-            log.info(f"no data for {PARTS[part]}: it is left out")
-            return None
-        ranges = [self.range(prefix, part) for prefix in blend.prefixes]
-        if part and all(found is None for found in ranges):
-            log.info(f"--split {self.config.split!r} has no share for {PARTS[part]}: it is left out")
-            return None
-        single = len(blend.prefixes) == 1 and (blend.weights is None or not self.config.data_path)
-        if single:
-            dataset = self.source(part, blend.prefixes[0], ranges[0], samples)
-            self.report(part, [dataset], [1.0], [samples])
-            return dataset
-        if blend.weights is None:
-            return self.by_length(part, blend, ranges, samples)
-        return self.weighted(part, blend, ranges, samples)
-
-    def weighted(self, part: int, blend: Blend, ranges: list[Range | None], samples: int) -> TokenDataset:
-        """A blend by given weights; sources repeat as often as that takes."""
-        assert blend.weights is not None
-        weights = normalize(blend.weights)
-        # Megatron-Core normalises a second time, which may change the last bit and with it a tie.
-        index = self.blend_index(blend, normalize(weights), sum(shares(weights, samples)))
-        taken = np.bincount(index["source"], minlength=len(weights)).tolist()
-        sizes = source_sizes(weights, samples, taken)
-        parts = zip(blend.prefixes, ranges, sizes, strict=True)
-        datasets = [self.source(part, prefix, found, size) for prefix, found, size in parts]
-        self.report(part, datasets, weights.tolist(), taken)
-        return BlendedDataset(datasets, index)
-
-    def by_length(self, part: int, blend: Blend, ranges: list[Range | None], samples: int) -> TokenDataset:
-        """A blend of one epoch of each source, each by its length."""
-        parts = list(zip(blend.prefixes, ranges, strict=True))
-        datasets = [self.source(part, prefix, found, None) for prefix, found in parts]
-        lengths = [len(dataset) for dataset in datasets]
-        if sum(lengths) < samples and self.config.dataloader_type == "single":
-            raise DataError(
-                f"{PARTS[part]} data",
-                found=f"{sum(lengths)} samples in one epoch of {len(lengths)} datasets",
-                expected=f"{samples} samples",
-                fix="give weights (w1 PREFIX1 w2 PREFIX2 ...), then datasets repeat, or --dataloader-type cyclic",
-            )
-        weights = normalize(lengths)
-        index = self.blend_index(blend, weights, min(samples, sum(lengths)))
-        taken = np.bincount(index["source"], minlength=len(weights)).tolist()
-        for place, (length, count) in enumerate(zip(lengths, taken, strict=True)):
-            # The greedy rule may overshoot a length by one; Megatron-Core then gives up.
-            if count > length:
-                datasets[place] = self.source(part, *parts[place], count)
-        self.report(part, datasets, weights.tolist(), taken)
-        return BlendedDataset(datasets, index)
-
-    def blend_index(self, blend: Blend, weights: Weights, size: int) -> dict[str, Array]:
-        """The blend's index, kept beside its first source."""
-        key = {"weights": weights.tolist(), "size": size}
-        return self.cache(blend.prefixes[0]).get("blend", key, lambda: build_blend_index(weights, size))
-
-    def open(self, prefix: str) -> IndexedDataset:
-        """The dataset of a prefix, opened and checked once."""
-        if prefix not in self.opened:
-            data = IndexedDataset(prefix, mmap_bin=self.config.mmap_bin_files)
-            check_vocabulary(data, self.vocab_size, self.fingerprint)
-            self.opened[prefix] = data
-        return self.opened[prefix]
-
-    def cache(self, prefix: str) -> IndexCache:
-        """The cache folder for what is built from a dataset."""
-        given = self.config.data_cache_path
-        folder = Path(given) if given else Path(prefix).resolve().parent / "cache" / "GPTDataset_indices"
-        return self.caches.setdefault(folder, IndexCache(folder))
-
-    def range(self, prefix: str, part: int) -> Range | None:
-        """The documents of a dataset that belong to this part."""
-        sequences = len(self.open(prefix))
-        return split_ranges(self.config.split, sequences)[part] if self.config.data_path else (0, sequences)
-
-    def source(self, part: int, prefix: str, found: Range | None, samples: int | None) -> GPTDataset:
-        """Samples of one part of one dataset, one epoch where their number is not given.
-
-        Raises: DataError if one epoch holds not even one sample
-        """
-        data = self.open(prefix)
-        begin, end = found or (0, 0)
-        key = {
-            "data": data.fingerprint,
-            "range": [begin, end],
-            "samples": samples,
-            "seq_length": self.seq_length,
-            "seed": self.seed,
-        }
-
-        try:
-            arrays = self.cache(prefix).get(
-                "gpt", key, lambda: vars(build_index_map(data.lengths, begin, end, self.seq_length, samples, self.seed))
-            )
-        except (MemoryError, ValueError) as error:  # numpy raises either, by how far it is too much
-            raise DataError(
-                f"{prefix}, {PARTS[part]}",
-                found=f"{samples} samples asked for; their index does not fit into memory ({error})",
-                expected="an index of some 20 bytes a sample that does",
-                fix="lower --train-iters or --train-samples: a later run resumes with more",
-            ) from error
-        dataset = GPTDataset(data, IndexMap(**arrays), self.seq_length, self.vocab_size)
-        if not len(dataset):
-            raise DataError(
-                f"{prefix}, {PARTS[part]}",
-                found="less than one sample in one epoch",
-                expected=f"at least {self.seq_length + 1} tokens",
-                fix="give the datasets weights (w1 PREFIX1 w2 PREFIX2 ...): they then repeat",
-            )
-        return dataset
-
-    def empty(self, part: int, data: IndexedDataset, samples: int | None) -> DataError:
-        """What to say of a part that no number of epochs would fill."""
-        sequences, name = len(data), PARTS[part]
-        if self.config.data_path:
-            ends = [found[1] - found[0] if found else 0 for found in split_ranges(self.config.split, sequences)]
-            subject = f"--split {self.config.split!r} of {data.prefix}"
-            sizes = ", ".join(f"{PARTS[i]} {n}" for i, n in enumerate(ends)) + f" of {sequences} documents"
-        else:
-            subject, sizes = data.prefix, f"{sequences} documents, {data.tokens} tokens"
-        way_out = (
-            "use more documents" if part == 0 else "use more documents, a share of 0 to leave it out, or --eval-iters 0"
+def _check_masking(config: DataConfig, seq_length: int, special_tokens: int) -> None:
+    """Raises: ConfigError for shares that are none, or a sequence without room for two tokens of text"""
+    for flag, share in (("--mask-prob", config.mask_prob), ("--short-seq-prob", config.short_seq_prob)):
+        if not 0 <= share <= 1 or (flag == "--mask-prob" and share in (0, 1)):
+            raise ConfigError(flag, found=str(share), expected="a share between 0 and 1")
+    if seq_length < special_tokens + 2:
+        raise ConfigError(
+            "--seq-length",
+            found=str(seq_length),
+            expected=f"at least {special_tokens + 2}: {special_tokens} special tokens and 2 of text",
         )
-        return DataError(
-            subject,
-            found=f"no tokens for {name} ({sizes})",
-            expected=f"some, for {'one epoch' if samples is None else f'{samples} samples'} of {name}",
-            fix=f"give {name} a larger share, {way_out}",
-        )
-
-    def report(self, part: int, datasets: Sequence[GPTDataset], weights: list[float], taken: list[int]) -> None:
-        """One line per source: what it gives to this part."""
-        log.info(f" > {PARTS[part]}: {sum(taken)} samples of {self.seq_length} tokens")
-        for dataset, weight, samples in zip(datasets, weights, taken, strict=True):
-            begin, end = int(dataset.index.documents.min()), int(dataset.index.documents.max()) + 1
-            tokens = int(dataset.data.lengths[begin:end].sum(dtype="int64"))
-            epochs = samples * self.seq_length / tokens
-            log.info(f"     {weight:6.1%}  {epochs:8.3f} epochs of {tokens} tokens  {dataset.data.prefix}")

@@ -1,4 +1,4 @@
-"""GPT's samples: seq_length + 1 tokens cut from the shuffled row of documents."""
+"""GPT's samples: seq_length + 1 tokens cut from the row of documents."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ds.data.index_map import IndexMap
-from megatron_ds.data.indexed import IndexedDataset
-from megatron_ds.data.vocabulary import token_error
+from megatron_ds.data.vocabulary import TokenRows, check_tokens
 
 
 class GPTDataset:
@@ -16,7 +15,7 @@ class GPTDataset:
     Raises: DataError when a row holds an id that is not in [0, vocab_size)
     """
 
-    def __init__(self, data: IndexedDataset, index: IndexMap, seq_length: int, vocab_size: int):
+    def __init__(self, data: TokenRows, index: IndexMap, seq_length: int, vocab_size: int):
         self.data, self.index = data, index
         self.seq_length, self.vocab_size = seq_length, vocab_size
 
@@ -34,17 +33,8 @@ class GPTDataset:
             part = self.data.read(sequence, begin, end + 1 - begin if place == last else None)
             tokens[filled : filled + len(part)] = part
             filled += len(part)
-        if tokens.min() < 0 or tokens.max() >= self.vocab_size:
-            raise self._wrong_token(sequences)
+        check_tokens(tokens, self.data, sequences, self.vocab_size)
         return tokens
-
-    def _wrong_token(self, sequences: list[int]) -> Exception:
-        for sequence in sequences:
-            ids = self.data.read(sequence)
-            bad = (ids < 0) | (ids >= self.vocab_size)
-            if bad.any():
-                return token_error(self.data, sequence, int(ids[np.argmax(bad)]), self.vocab_size)
-        raise AssertionError("the row has a wrong id but its documents have none")
 
 
 class MockGPTDataset:

@@ -4,7 +4,8 @@ The documents of a split, repeated for e epochs and shuffled, are read as one lo
 [j s, j s + s]: s + 1 of them, the last one shared with the next sample. Item i of the dataset is sample shuffle[i].
 
 Whole epochs are shuffled together, but a last epoch of which less than 80 % is needed is shuffled apart and comes
-last, so that no document is seen for the e-th time before all have been seen e - 1 times.
+last, so that no document is seen for the e-th time before all have been seen e - 1 times. Without shuffling, documents
+and samples stay in the order of the files.
 Source: Megatron-Core's GPT dataset; same seed, same arrays
 """
 
@@ -62,21 +63,25 @@ def plan_epochs(tokens: int, seq_length: int, samples: int | None) -> EpochPlan:
     return EpochPlan(epochs, total, before_last if separate else total)
 
 
-def build_index_map(lengths: Array, begin: int, end: int, seq_length: int, samples: int | None, seed: int) -> IndexMap:
+def build_index_map(
+    lengths: Array, begin: int, end: int, seq_length: int, samples: int | None, seed: int, shuffle: bool = True
+) -> IndexMap:
     """The index of sequences [begin, end) of a dataset with these sequence lengths.
 
     Shapes: documents [epochs (end - begin)], samples [S + 1, 2], shuffle [S]
     """
     tokens = int(np.sum(lengths[begin:end], dtype=np.int64))
     plan = plan_epochs(tokens, seq_length, samples)
-    rng = np.random.RandomState(seed)
+    rng = np.random.RandomState(seed) if shuffle else None
     documents = _document_index(begin, end, plan, rng)
     starts = _sample_index(lengths, documents, seq_length, plan.samples)
     return IndexMap(documents, starts, _shuffle_index(plan, rng))
 
 
-def _document_index(begin: int, end: int, plan: EpochPlan, rng: np.random.RandomState) -> Array:
+def _document_index(begin: int, end: int, plan: EpochPlan, rng: np.random.RandomState | None) -> Array:
     once = np.arange(begin, end, dtype=np.int32 if end <= np.iinfo(np.int32).max else np.int64)
+    if rng is None:
+        return np.tile(once, plan.epochs)
     if not plan.separate_last:
         documents = np.tile(once, plan.epochs)
         rng.shuffle(documents)
@@ -107,9 +112,11 @@ def _sample_index(lengths: Array, documents: Array, seq_length: int, samples: in
     return starts
 
 
-def _shuffle_index(plan: EpochPlan, rng: np.random.RandomState) -> Array:
+def _shuffle_index(plan: EpochPlan, rng: np.random.RandomState | None) -> Array:
     kind = np.uint32 if plan.samples < np.iinfo(np.uint32).max - 1 else np.int64
     shuffle = np.arange(plan.samples, dtype=kind)
+    if rng is None:
+        return shuffle
     rng.shuffle(shuffle[: plan.first_samples])
     if plan.separate_last:
         rng.shuffle(shuffle[plan.first_samples :])

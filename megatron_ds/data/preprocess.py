@@ -1,6 +1,6 @@
 """JSON lines to .bin/.idx: one pass, memory that does not grow with the corpus, order kept by any number of workers.
 
-    file -> blocks of whole lines -> workers: parse, tokenize -> builders, one per key -> rename at the end
+    file -> blocks of whole lines -> workers: parse, split, tokenize -> builders, one per key -> rename at the end
 
 Nothing appears under its final name before all of it is written.
 """
@@ -30,6 +30,7 @@ from megatron_ds import log
 from megatron_ds.data.config import TokenizerConfig
 from megatron_ds.data.indexed import token_dtype
 from megatron_ds.data.indexed_builder import IndexedDatasetBuilder
+from megatron_ds.data.sentence_splitter import split_sentences
 from megatron_ds.data.sidecar import Sidecar
 from megatron_ds.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_ds.errors import DataError, RunFault
@@ -44,7 +45,9 @@ class Job:
 
     tokenizer: TokenizerConfig
     keys: tuple[str, ...]
-    append_eod: bool
+    append_eod: bool = False
+    split_sentences: bool = False
+    keep_newlines: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,21 +92,19 @@ class Summary:
 def preprocess(
     inputs: Sequence[str],
     output_prefix: str,
-    tokenizer_config: TokenizerConfig,
+    job: Job,
     *,
-    keys: Sequence[str] = ("text",),
-    append_eod: bool = False,
     workers: int = 1,
     log_interval: int = 1000,
     skip_bad_lines: bool = False,
 ) -> Summary:
-    """Write `{output_prefix}_{key}_document.bin` and `.idx` for each key.
+    """Write `{output_prefix}_{key}_document.bin` and `.idx` for each key; `_sentence` where sentences are split.
 
     Raises: ConfigError, DataError; RunFault if a worker dies
     """
-    tokenizer = build_tokenizer(tokenizer_config)
-    job = Job(tokenizer_config, tuple(keys), append_eod)
-    prefixes = {key: f"{output_prefix}_{key}_document" for key in keys}
+    tokenizer = build_tokenizer(job.tokenizer)
+    level = "sentence" if job.split_sentences else "document"
+    prefixes = {key: f"{output_prefix}_{key}_{level}" for key in job.keys}
     with contextlib.ExitStack() as stack, _disk_faults(output_prefix):
         builders = {
             key: stack.enter_context(IndexedDatasetBuilder(prefix, token_dtype(tokenizer.vocab_size)))
@@ -123,7 +124,7 @@ def preprocess(
                 raise DataError(", ".join(inputs), found=f"no text under {key!r}", expected="one JSON object per line")
         documents = next(iter(builders.values())).documents
         for builder in builders.values():
-            builder.finalize(_sidecar(builder, tokenizer, append_eod))
+            builder.finalize(_sidecar(builder, tokenizer, job.append_eod))
     meter.finish()
     return Summary(tuple(prefixes.values()), documents, tokens, bad_lines)
 
@@ -216,22 +217,22 @@ def encode_block(block: Block, job: Job, tokenizer: Tokenizer) -> BlockResult:
     numbers: list[int] = []
     for number, line in enumerate(lines, block.first_line):
         try:
-            documents.append(_parse(line, job.keys))
+            documents.append(_parse(line, job))
             numbers.append(number)
         except ValueError as exc:
             result.bad.append((f"{block.path}:{number}", str(exc)))
     for place, key in enumerate(job.keys):
         texts = [document[place] for document in documents]
         try:
-            result.by_key[key] = _encode(texts, tokenizer, job.append_eod)
+            result.by_key[key] = _encode(texts, tokenizer, job)
         except DataError as exc:
-            line_number = numbers[_first_failing(texts, tokenizer)]
+            line_number = numbers[_first_failing(texts, tokenizer, job)]
             raise DataError(f"{block.path}:{line_number}: {exc.subject}", exc.found, exc.expected, exc.fix) from exc
     return result
 
 
-def _parse(line: bytes, keys: Sequence[str]) -> list[list[str]]:
-    """The sentences of each key; a text that is not split is one sentence.
+def _parse(line: bytes, job: Job) -> list[list[str]]:
+    """The sentences of each key; a list is a text that is split already, and a text that is not split is one sentence.
 
     Raises: ValueError
     """
@@ -247,10 +248,10 @@ def _parse(line: bytes, keys: Sequence[str]) -> list[list[str]]:
         raise ValueError(f"not JSON: {exc.msg} at column {exc.colno}") from exc
     if not isinstance(data, dict):
         raise ValueError(f"a JSON {type(data).__name__}, not an object")
-    return [_sentences(data, key) for key in keys]
+    return [_sentences(data, key, job) for key in job.keys]
 
 
-def _sentences(data: dict[str, Any], key: str) -> list[str]:
+def _sentences(data: dict[str, Any], key: str, job: Job) -> list[str]:
     if key not in data:
         raise ValueError(f"no key {key!r}")
     value = data[key]
@@ -263,12 +264,15 @@ def _sentences(data: dict[str, Any], key: str) -> list[str]:
                 sentence.encode("utf-8")
             except UnicodeEncodeError as exc:
                 raise ValueError(f"{key!r} holds half a surrogate pair") from exc
+    if job.split_sentences and isinstance(value, str):
+        return split_sentences(value, job.keep_newlines)
     return sentences
 
 
-def _encode(documents: list[list[str]], tokenizer: Tokenizer, append_eod: bool) -> Encoded:
+def _encode(documents: list[list[str]], tokenizer: Tokenizer, job: Job) -> Encoded:
     """Tokens of documents. One without tokens keeps its bound, gets no sequence and no end-of-document token."""
-    ids = iter(tokenizer.tokenize_batch([sentence for document in documents for sentence in document]))
+    sentences = [sentence for document in documents for sentence in document]
+    ids = iter(tokenizer.tokenize_batch(sentences, bare=job.split_sentences))
     tokens: list[npt.NDArray[Any]] = []
     lengths: list[int] = []
     counts: list[int] = []
@@ -280,7 +284,7 @@ def _encode(documents: list[list[str]], tokenizer: Tokenizer, append_eod: bool) 
                 tokens.append(sequence)
                 lengths.append(len(sequence))
         counts.append(len(lengths) - before)
-        if append_eod and counts[-1]:
+        if job.append_eod and counts[-1]:
             tokens.append(np.array([tokenizer.eod]))
             lengths[-1] += 1
     joined = np.concatenate(tokens) if tokens else np.empty(0, np.int64)
@@ -290,10 +294,10 @@ def _encode(documents: list[list[str]], tokenizer: Tokenizer, append_eod: bool) 
     return Encoded(joined.astype(token_dtype(tokenizer.vocab_size)), lengths, counts)
 
 
-def _first_failing(texts: list[list[str]], tokenizer: Tokenizer) -> int:
+def _first_failing(texts: list[list[str]], tokenizer: Tokenizer, job: Job) -> int:
     for place, document in enumerate(texts):
         try:
-            _encode([document], tokenizer, False)
+            _encode([document], tokenizer, job)
         except DataError:
             return place
     raise AssertionError("a block failed but none of its documents does")

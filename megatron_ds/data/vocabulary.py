@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any, Protocol
+
 import numpy as np
+import numpy.typing as npt
 
 from megatron_ds import log
 from megatron_ds.data.indexed import IndexedDataset, bin_path
@@ -11,6 +15,20 @@ from megatron_ds.errors import DataError
 
 _MAX_SCAN_BYTES = 1 << 30
 """A larger .bin without a sidecar is not read through at start; its samples are checked as they are read."""
+
+
+class TokenRows(Protocol):
+    """Rows of tokens that belong to documents."""
+
+    prefix: str
+
+    def read(self, row: int, start: int = 0, count: int | None = None, /) -> npt.NDArray[Any]:
+        """`count` tokens of a row from token `start` on; all the rest without a count."""
+        ...
+
+    def document_of(self, row: int, /) -> int:
+        """The document that a row belongs to."""
+        ...
 
 
 def check_vocabulary(data: IndexedDataset, vocab_size: int, fingerprint: str | None) -> None:
@@ -36,7 +54,22 @@ def check_vocabulary(data: IndexedDataset, vocab_size: int, fingerprint: str | N
         raise token_error(data, sequence, token, vocab_size)
 
 
-def token_error(data: IndexedDataset, sequence: int, token: int, vocab_size: int) -> DataError:
+def check_tokens(tokens: npt.NDArray[Any], data: TokenRows, rows: Iterable[int], vocab_size: int) -> None:
+    """Refuse a sample, read from these rows, with an id that the model has no embedding for.
+
+    Raises: DataError for an id that is not in [0, vocab_size)
+    """
+    if not len(tokens) or (tokens.min() >= 0 and tokens.max() < vocab_size):
+        return
+    for row in rows:
+        ids = data.read(row)
+        bad = (ids < 0) | (ids >= vocab_size)
+        if bad.any():
+            raise token_error(data, row, int(ids[np.argmax(bad)]), vocab_size)
+    raise AssertionError("the sample has a wrong id but its rows have none")
+
+
+def token_error(data: TokenRows, sequence: int, token: int, vocab_size: int) -> DataError:
     """What to say of an id that the model has no embedding for."""
     return DataError(
         str(bin_path(data.prefix)),

@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 
 from megatron_ds.kernels import activation, attention, dropout_add, norm, rope
 
 Tensor = torch.Tensor
+Activations = Mapping[str, Callable[[Tensor], Tensor]]
+
+
+def _activations() -> Activations:
+    return MappingProxyType(
+        {
+            "gelu_tanh": activation.gelu_tanh,
+            "gelu": activation.gelu,
+            "relu": activation.relu,
+            "squared_relu": activation.squared_relu,
+            "swiglu": activation.swiglu,
+            "geglu_tanh": activation.geglu_tanh,
+            "geglu": activation.geglu,
+            "reglu": activation.reglu,
+            "liglu": activation.liglu,
+        }
+    )
 
 
 @dataclass(frozen=True)
@@ -18,8 +36,7 @@ class Kernels:
 
     layer_norm: Callable[[Tensor, Tensor, Tensor | None, float], Tensor] = norm.layer_norm
     rms_norm: Callable[[Tensor, Tensor, Tensor | None, float], Tensor] = norm.rms_norm
-    gelu: Callable[[Tensor], Tensor] = activation.gelu
-    swiglu: Callable[[Tensor], Tensor] = activation.swiglu
+    activations: Activations = field(default_factory=_activations)
     rope: Callable[[Tensor, Tensor], Tensor] = rope.apply_rope
-    attention: Callable[[Tensor, Tensor, Tensor, float], Tensor] = attention.attention
+    attention: Callable[[Tensor, Tensor, Tensor, Tensor | None, attention.Pattern, float], Tensor] = attention.attention
     bias_dropout_add: Callable[[Tensor, Tensor | None, Tensor, float], Tensor] = dropout_add.bias_dropout_add

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from megatron_ds.model.config import TOKEN_TYPES, TransformerConfig
 from megatron_ds.model.linear import column_linear
+from megatron_ds.model.norm import Norm
 from megatron_ds.model.runtime import Runtime
 from megatron_ds.parallel.collectives import reduce_from, reduce_scatter_from
 from megatron_ds.parallel.spec import Init, ParamSpec, Split
@@ -45,9 +47,9 @@ class VocabParallelEmbedding(nn.Module):
         found = found.masked_fill(elsewhere.unsqueeze(-1), 0.0)
         return reduce_scatter_from(found, tp) if self.runtime.shards.sequence_parallel else reduce_from(found, tp)
 
-    def project(self, x: torch.Tensor) -> torch.Tensor:
+    def project(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Logits of this rank's share of the vocabulary, padding included."""
-        return column_linear(x, self.weight, None, self.runtime)
+        return column_linear(x, self.weight, bias, self.runtime)
 
     def specs(self) -> list[ParamSpec]:
         """Rows of the parameter table, under local names."""
@@ -62,67 +64,75 @@ class VocabParallelEmbedding(nn.Module):
 class OutputLayer(VocabParallelEmbedding):
     """An untied output projection: the same split table, used only as a head."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Logits of this rank's share of the vocabulary."""
-        return self.project(x)
+        return self.project(x, bias)
 
 
-class PositionEmbedding(nn.Module):
-    """Learned absolute positions.
+class Table(nn.Module):
+    """Learned rows for positions or token types, replicated over tp.
 
-    Shapes: positions [s, b] -> [s, b, h] (sequence parallel: [s/tp, b, h])
+    Shapes: numbers [s, b] -> [s, b, h] (sequence parallel: [s/tp, b, h])
     """
 
-    def __init__(self, max_positions: int, hidden: int, *, init: Init, runtime: Runtime, **factory: Any):
+    def __init__(self, rows: int, hidden: int, *, init: Init, runtime: Runtime, **factory: Any):
         super().__init__()
-        self.shape, self.init, self.runtime = (max_positions, hidden), init, runtime
+        self.shape, self.init, self.runtime = (rows, hidden), init, runtime
         self.weight = nn.Parameter(torch.empty(self.shape, **factory))
 
-    def forward(self, positions: torch.Tensor) -> torch.Tensor:
+    def forward(self, numbers: torch.Tensor) -> torch.Tensor:
         """Rows of the table."""
         shards = self.runtime.shards
         if shards.sequence_parallel:
-            positions = positions.chunk(shards.tp.size)[shards.tp.rank]
-        return F.embedding(positions, self.weight)
+            numbers = numbers.chunk(shards.tp.size)[shards.tp.rank]
+        return F.embedding(numbers, self.weight)
 
     def specs(self) -> list[ParamSpec]:
         """Rows of the parameter table, under local names."""
         return [ParamSpec("weight", self.shape, self.init, partial_over=self.runtime.shards.partial_over)]
 
 
-class GPTEmbedding(nn.Module):
+class Embedding(nn.Module):
     """What the first stage does to tokens, and, tied, what the last one multiplies with.
 
-    Shapes: ids, positions [s, b] -> [s, b, h] (sequence parallel: [s/tp, b, h])
+    Shapes: ids, positions, types [s, b] -> [s, b, h] (sequence parallel: [s/tp, b, h])
     """
 
     def __init__(
         self,
+        config: TransformerConfig,
         vocab: Vocab,
-        hidden: int,
-        max_positions: int | None,
+        max_positions: int,
         *,
-        dropout: float,
         init: Init,
         runtime: Runtime,
         **factory: Any,
     ):
         super().__init__()
-        self.word_embeddings = VocabParallelEmbedding(vocab, hidden, init=init, runtime=runtime, **factory)
-        self.position_embeddings = (
-            PositionEmbedding(max_positions, hidden, init=init, runtime=runtime, **factory) if max_positions else None
-        )
-        self.dropout, self.runtime = dropout, runtime
+        assert config.hidden_size
+        table = {"init": init, "runtime": runtime, **factory}
+        learned, typed = config.positions == "learned_absolute", config.has_sentence_order
+        self.word_embeddings = VocabParallelEmbedding(vocab, config.hidden_size, **table)
+        self.position_embeddings = Table(max_positions, config.hidden_size, **table) if learned else None
+        self.tokentype_embeddings = Table(TOKEN_TYPES, config.hidden_size, **table) if typed else None
+        self.norm = Norm(config, runtime=runtime, **factory) if config.embed_layernorm else None
+        self.dropout, self.runtime = config.hidden_dropout, runtime
 
-    def forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Word plus position rows, with dropout."""
+    def forward(
+        self, ids: torch.Tensor, positions: torch.Tensor, types: torch.Tensor | None = None, site: str = "embedding"
+    ) -> torch.Tensor:
+        """The sum of their rows, normalised if asked for, with dropout under the name of `site`."""
         x: torch.Tensor = self.word_embeddings(ids)
         if self.position_embeddings is not None:
             x = x + self.position_embeddings(positions)
+        if self.tokentype_embeddings is not None and types is not None:
+            x = x + self.tokentype_embeddings(types)
+        if self.norm is not None:
+            x = self.norm(x)
         if self.runtime.fp32_residual:
             x = x.float()
         if self.training and self.dropout:
-            self.runtime.streams.enter(-1, "embedding", self.runtime.shards.sequence_shard)
+            self.runtime.streams.enter(-1, site, self.runtime.shards.sequence_shard)
             x = F.dropout(x, self.dropout)
         return x
 
@@ -133,3 +143,21 @@ class TiedHead(nn.Module):
     def __init__(self, vocab: Vocab, hidden: int, *, init: Init, runtime: Runtime, **factory: Any):
         super().__init__()
         self.word_embeddings = VocabParallelEmbedding(vocab, hidden, init=init, runtime=runtime, **factory)
+
+
+class RelativeBias(nn.Module):
+    """What a head adds to scores by the distance of query and key: a row per bucket of distances, a column per head.
+
+    Shapes: weight [buckets, a/tp]
+    """
+
+    def __init__(self, config: TransformerConfig, *, init: Init, runtime: Runtime, **factory: Any):
+        super().__init__()
+        assert config.num_attention_heads
+        self.shape, self.init = (config.relative_attention_num_buckets, config.num_attention_heads), init
+        heads = config.num_attention_heads // runtime.shards.tp.size
+        self.weight = nn.Parameter(torch.empty(self.shape[0], heads, **factory))
+
+    def specs(self) -> list[ParamSpec]:
+        """Rows of the parameter table, under local names."""
+        return [ParamSpec("weight", self.shape, self.init, Split(1))]

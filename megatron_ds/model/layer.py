@@ -1,71 +1,82 @@
-"""One transformer layer, and the norms."""
+"""One transformer layer, of an encoder or a decoder."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from megatron_ds.model.attention import SelfAttention
+from megatron_ds.model.attention import CrossAttention, SelfAttention
 from megatron_ds.model.config import TransformerConfig
 from megatron_ds.model.mlp import MLP
+from megatron_ds.model.norm import Norm
 from megatron_ds.model.recompute import recomputed
 from megatron_ds.model.runtime import Runtime
-from megatron_ds.parallel.spec import Init, ParamSpec
 
 
-class Norm(nn.Module):
-    """LayerNorm or RMSNorm, replicated over tp; what it gives has the parameters' precision.
+class Shared(NamedTuple):
+    """What all layers of a stack look at besides the residual stream, and what needs no gradient.
 
-    Shapes: x [s, b, h] -> [s, b, h] (sequence parallel: both [s/tp, b, h])
+    Shapes: rope [2, s, b, 1, rotated], cross_mask [b, 1, sd, se]
     """
 
-    def __init__(self, config: TransformerConfig, *, runtime: Runtime, **factory: Any):
-        super().__init__()
-        assert config.hidden_size
-        centred, kernels = config.normalization == "LayerNorm", runtime.kernels
-        self.call, self.eps = kernels.layer_norm if centred else kernels.rms_norm, config.norm_epsilon
-        self.weight = nn.Parameter(torch.empty(config.hidden_size, **factory))
-        self.bias = nn.Parameter(torch.empty(config.hidden_size, **factory)) if centred else None
-        self.partial_over = runtime.shards.partial_over
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise the last dim."""
-        bias = self.bias.to(x.dtype) if self.bias is not None else None
-        return self.call(x, self.weight.to(x.dtype), bias, self.eps).to(self.weight.dtype)
-
-    def specs(self) -> list[ParamSpec]:
-        """Rows of the parameter table, under local names."""
-        shape, over = tuple(self.weight.shape), self.partial_over
-        rows = [ParamSpec("weight", shape, Init("ones"), decay=False, partial_over=over)]
-        bias = ParamSpec("bias", shape, Init("zeros"), decay=False, partial_over=over)
-        return rows + ([bias] if self.bias is not None else [])
+    rope: torch.Tensor | None = None
+    cross_mask: torch.Tensor | None = None
 
 
 class TransformerLayer(nn.Module):
-    """Pre-norm residual layer: x + attention(norm(x)), then x + mlp(norm(x)).
+    """Pre-norm residual layer: x + attention(norm(x)), then x + mlp(norm(x)); a decoder's attends to memory between.
 
+    With the residual after the norm (the original BERT's, there seen from one place further on): x = norm(x), then
+    x + attention(x). With parallel residuals x + attention(norm(x)) + mlp(norm'(x)).
+    number: over all stacks; it names the streams of dropout.
     Shapes: x [s, b, h] -> [s, b, h] (sequence parallel: both [s/tp, b, h])
     """
 
-    def __init__(self, config: TransformerConfig, number: int, *, runtime: Runtime, **factory: Any):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        number: int,
+        *,
+        causal: bool,
+        crosses: bool = False,
+        runtime: Runtime,
+        **factory: Any,
+    ):
         super().__init__()
         self.number, self.runtime, self.dropout = number, runtime, config.hidden_dropout
-        self.input_layernorm = Norm(config, runtime=runtime, **factory)
-        self.self_attention = SelfAttention(config, number, runtime=runtime, **factory)
-        self.pre_mlp_layernorm = Norm(config, runtime=runtime, **factory)
-        self.mlp = MLP(config, runtime=runtime, **factory)
+        self.after_norm = config.apply_residual_connection_post_layernorm
+        self.parallel = config.use_parallel_residual
+        shared = {"runtime": runtime, **factory}
+        self.input_layernorm = Norm(config, **shared)
+        self.self_attention = SelfAttention(config, number, causal=causal, **shared)
+        if crosses:
+            self.pre_cross_attn_layernorm = Norm(config, **shared)
+            self.cross_attention = CrossAttention(config, number, **shared)
+        self.pre_mlp_layernorm = Norm(config, **shared)
+        self.mlp = MLP(config, **shared)
         recompute = runtime.recompute
         self.recomputes_mlp = recompute.granularity == "selective" and "mlp" in recompute.recompute_modules
 
-    def forward(self, x: torch.Tensor, rope: torch.Tensor | None) -> torch.Tensor:
-        """Both residual branches."""
-        branch = self.self_attention(self.input_layernorm(x), rope)
-        x = self._add(branch, self.self_attention.linear_proj.bias, x, "proj")
-        normed = self.pre_mlp_layernorm(x)
+    def forward(
+        self, x: torch.Tensor, memory: torch.Tensor | None, mask: torch.Tensor | None, shared: Shared
+    ) -> torch.Tensor:
+        """All residual branches; `mask` is that of the self-attention."""
+        normed = self.input_layernorm(x)
+        branch = self.self_attention(normed, shared.rope, mask)
+        start = x
+        x = self._add(branch, self.self_attention.linear_proj.bias, self._residual(x, normed), "proj")
+        if memory is not None:
+            normed = self.pre_cross_attn_layernorm(x)
+            branch = self.cross_attention(normed, memory, shared.cross_mask)
+            x = self._add(branch, self.cross_attention.linear_proj.bias, self._residual(x, normed), "cross")
+        normed = self.pre_mlp_layernorm(start if self.parallel else x)
         branch = recomputed(self.mlp, self.runtime, normed) if self.recomputes_mlp else self.mlp(normed)
-        return self._add(branch, self.mlp.linear_fc2.bias, x, "mlp")
+        return self._add(branch, self.mlp.linear_fc2.bias, self._residual(x, normed), "mlp")
+
+    def _residual(self, x: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
+        return normed.to(x.dtype) if self.after_norm else x
 
     def _add(self, branch: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor, site: str) -> torch.Tensor:
         """x + dropout(branch + bias)."""

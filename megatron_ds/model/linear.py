@@ -161,3 +161,32 @@ class RowParallelLinear(nn.Module):
     def flops_per_token(self) -> int:
         """Forward FLOPs of the whole layer, all tensor-parallel ranks together."""
         return 2 * self.inputs * self.outputs
+
+
+class ReplicatedLinear(nn.Module):
+    """Linear layer that every tensor-parallel rank has whole.
+
+    Shapes: x [..., i] -> [..., o]
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, init: Init, runtime: Runtime, **factory: Any):
+        super().__init__()
+        self.init, self.runtime = init, runtime
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, **factory))
+        self.bias = nn.Parameter(torch.empty(outputs, **factory))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """X A + b."""
+        return F.linear(x, self.weight, self.bias)
+
+    def specs(self) -> list[ParamSpec]:
+        """Rows of the parameter table, under local names."""
+        over = self.runtime.shards.partial_over
+        return [
+            ParamSpec("weight", tuple(self.weight.shape), self.init, partial_over=over),
+            ParamSpec("bias", tuple(self.bias.shape), Init("zeros"), decay=False, partial_over=over),
+        ]
+
+    def flops_per_token(self) -> int:
+        """Forward FLOPs."""
+        return 2 * self.weight.numel()

@@ -15,7 +15,7 @@ from megatron_ds.parallel.spec import Init
 
 
 class MLP(nn.Module):
-    """GELU, or SwiGLU with gate and up rows one after the other in one matrix.
+    """One of several activations; gated ones have gate and up rows one after the other in one matrix.
 
     Shapes: x [s, b, h] -> [s, b, h] without the output bias (sequence parallel: both [s/tp, b, h])
     Comm:   that of a column- and a row-parallel linear
@@ -23,12 +23,13 @@ class MLP(nn.Module):
 
     def __init__(self, config: TransformerConfig, *, runtime: Runtime, **factory: Any):
         super().__init__()
-        assert config.hidden_size and config.num_layers
+        assert config.hidden_size
         f, std = config.ffn_size, config.init_method_std
-        self.activation = runtime.kernels.swiglu if config.swiglu else runtime.kernels.gelu
+        name = "geglu_tanh" if config.activation == "geglu" and not config.exact_gelu else config.activation
+        self.activation = runtime.kernels.activations[name]
         self.linear_fc1 = ColumnParallelLinear(
             config.hidden_size,
-            (f, f) if config.swiglu else (f,),
+            (f, f) if config.gated else (f,),
             bias=config.add_bias_linear,
             init=Init("normal", std),
             runtime=runtime,
@@ -38,7 +39,7 @@ class MLP(nn.Module):
             f,
             config.hidden_size,
             bias=config.add_bias_linear,
-            init=Init("normal", std / math.sqrt(2 * config.num_layers)),
+            init=Init("normal", std / math.sqrt(2 * config.total_layers)),
             runtime=runtime,
             **factory,
         )

@@ -20,28 +20,26 @@ from megatron_ds.parallel.collectives import all_gather
 class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, function: Callable[..., torch.Tensor], runtime: Runtime, whole_layers: bool, *inputs: torch.Tensor
+        ctx: Any, function: Callable[..., torch.Tensor], runtime: Runtime, layers: int, *inputs: torch.Tensor | None
     ) -> torch.Tensor:
         ctx.function, ctx.runtime, ctx.sample = function, runtime, runtime.streams.sample
-        ctx.part = _Part(runtime) if whole_layers else None
-        if ctx.part is None:
-            ctx.save_for_backward(*inputs)
-        else:
-            ctx.kept = [ctx.part.keep(x) for x in inputs]
+        part = _Part(runtime)
+        ctx.part, ctx.kept = part, [None if x is None else part.keep(x) for x in inputs[:layers]]
+        ctx.save_for_backward(*inputs[layers:])
         return function(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        if ctx.part is None:
-            kept = list(ctx.saved_tensors)
-        else:
-            kept, ctx.kept = [ctx.part.restore(*x) for x in ctx.kept], None
-        inputs = [x.detach().requires_grad_(needed) for x, needed in zip(kept, ctx.needs_input_grad[3:], strict=True)]
+        kept, ctx.kept = [None if x is None else ctx.part.restore(*x) for x in ctx.kept], None
+        inputs = [
+            None if x is None else x.detach().requires_grad_(needed)
+            for x, needed in zip((*kept, *ctx.saved_tensors), ctx.needs_input_grad[3:], strict=True)
+        ]
         ctx.runtime.streams.sample = ctx.sample
         with torch.enable_grad():
             out = ctx.function(*inputs)
         torch.autograd.backward(out, grad)
-        return None, None, None, *(x.grad for x in inputs)
+        return None, None, None, *(None if x is None else x.grad for x in inputs)
 
 
 class _Part:
@@ -69,13 +67,15 @@ class _Part:
 
 
 def recomputed(
-    function: Callable[..., torch.Tensor], runtime: Runtime, *inputs: torch.Tensor, whole_layers: bool = False
+    function: Callable[..., torch.Tensor], runtime: Runtime, *inputs: torch.Tensor | None, streams: int = 0
 ) -> torch.Tensor:
-    """function(*inputs), of which only the inputs are kept; those of whole layers cut over tp or on the host if asked.
+    """function(*inputs), of which only the inputs are kept.
 
+    streams: how many of the first inputs are residual streams of whole layers, alike on all ranks of tp: these are kept
+    cut over tp or on the host if asked. A tensor that needs a gradient must be among the inputs.
     Comm: backward: that of the forward once more
     """
     if not torch.is_grad_enabled():
         return function(*inputs)
-    out: torch.Tensor = _Recomputed.apply(function, runtime, whole_layers, *inputs)
+    out: torch.Tensor = _Recomputed.apply(function, runtime, streams, *inputs)
     return out

@@ -34,6 +34,9 @@ class ParallelConfig:
         "What stages hold equal shares of: uniform (layers), parameters, type:transformer, "
         "or type:transformer|embedding, which counts embedding and head as a layer each.",
     )
+    pipeline_model_parallel_split_rank: int | None = arg(
+        None, "T5: the first stage of the decoder. Default: stages of about equal work, cut anywhere."
+    )
     world_size: int | None = arg(None, "Ranks to plan for with --dry-run; otherwise the launcher says.")
     device: Literal["auto", "cpu", "cuda"] = arg("auto", "Where to train; auto takes a GPU when there is one.")
     distributed_backend: Literal["nccl", "gloo"] | None = arg(None, "Default: nccl on GPUs, gloo on CPUs.")

@@ -17,9 +17,9 @@ from megatron_ds.pipeline.schedule import COMMUNICATION, Action, Kind, peer, run
 from megatron_ds.timers import Timers
 
 Loss = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""Of the last stage's output: the sum of the target tokens' losses, and how many target tokens there are."""
-ForwardStep = Callable[[Any, nn.Module, "torch.Tensor | None"], "tuple[torch.Tensor, Loss]"]
-"""(batch, model, upstream activation or None) -> (output, loss function)."""
+"""Of the last stage's output: sums of losses, and over how many targets each; a number each, or [losses]."""
+ForwardStep = Callable[[Any, nn.Module, "torch.Tensor | None"], "tuple[Any, Loss]"]
+"""(batch, model, upstream activation or None) -> (output, loss function); a tensor where it is sent on."""
 Key = tuple[int, int]
 """(chunk, micro-batch)"""
 
@@ -77,7 +77,7 @@ class Gradients(Protocol):
 
 
 class Executor:
-    """One rank's engine. `run` gives the sum of losses and the number of target tokens that this rank saw."""
+    """One rank's engine. `run` gives the sums of losses and the numbers of targets that this rank saw."""
 
     def __init__(
         self,
@@ -89,11 +89,15 @@ class Executor:
         wire: Wire,
         streams: DropoutStreams,
         weight_grads: WeightGrads,
+        num_losses: int = 1,
     ):
         self.chunks, self.forward_step, self.gradients = chunks, forward_step, gradients
         self.pp, self.wire, self.streams, self.weight_grads = pp, wire, streams, weight_grads
+        self.num_losses = num_losses
         self.loss_scale = 1.0
         """What the backward starts with, instead of 1."""
+        self.loss_weights: torch.Tensor | None = None
+        """What each sum of losses counts beside the others, [losses]; without it as much."""
         self.idle_seconds = 0.0
         """Time spent waiting for other stages, since somebody last set it to 0 (on GPUs what the host waited)."""
         self.do = {
@@ -107,7 +111,7 @@ class Executor:
     def run(self, actions: Sequence[Action], microbatches: Sequence[Microbatch], timers: Timers) -> torch.Tensor:
         """Execute one step's actions.
 
-        Shapes: -> [2] fp64: loss sum, target tokens; zero on all but the last stage
+        Shapes: -> [2, losses] fp64: sums, numbers of targets; zero on all but the last stage
         """
         self.microbatches = microbatches
         self.upstream: dict[Key, Received] = {}
@@ -116,7 +120,7 @@ class Executor:
         self.grad: dict[Key, torch.Tensor] = {}
         self.postponed: dict[Key, list[PostponedGrad]] = {}
         self.sent: list[tuple[Any, torch.Tensor]] = []
-        self.total = torch.zeros(2, dtype=torch.float64, device=self.wire.device)
+        self.total = torch.zeros(2, self.num_losses, dtype=torch.float64, device=self.wire.device)
         self.training = any(action.kind is Kind.REDUCE for action in actions)
         self.reduced_after = {(a.chunk, a.microbatch) for a in actions if a.kind is Kind.REDUCE}
         with torch.set_grad_enabled(self.training):
@@ -138,9 +142,10 @@ class Executor:
         output, loss = self.forward_step(batch, self.chunks[chunk], upstream)
         ends = self.pp.is_last and chunk == len(self.chunks) - 1
         if ends:
-            loss_sum, num_targets = loss(output)
-            self.total += torch.stack((loss_sum.detach().double(), num_targets.double()))
-            output = loss_sum * self.loss_scale
+            sums, targets = loss(output)
+            self.total += torch.stack((sums.detach().double(), targets.double())).view_as(self.total)
+            weighted = sums if self.loss_weights is None else (sums * self.loss_weights).sum()
+            output = weighted * self.loss_scale
         if self.training or not ends:
             self.output[key] = output
 

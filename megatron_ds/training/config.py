@@ -39,6 +39,7 @@ class TrainingConfig:
     manual_gc: bool = arg(False, "Collect Python's garbage only when told, so that all ranks pause together.")
     manual_gc_interval: int = arg(0, "Iterations between collections with --manual-gc; 0 collects at validations only.")
     dry_run: bool = arg(False, "Print what every rank would hold and do, then leave.")
+    print_config: bool = arg(False, "Print every value and where it came from, then leave.")
     verify_parallel: bool = arg(
         False, "Train a shrunk copy of the model in this layout and on one process, compare every gradient, then leave."
     )

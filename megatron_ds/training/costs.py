@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, repeat
 from typing import NamedTuple
@@ -21,9 +21,10 @@ from typing import NamedTuple
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron_ds.data.loader import GPTBatch
-from megatron_ds.kernels.attention import causal_attention
+from megatron_ds.data.batch import blank_batch
+from megatron_ds.kernels.attention import Pattern, torch_attention
 from megatron_ds.kernels.table import Kernels
+from megatron_ds.model.config import TransformerConfig
 from megatron_ds.model.runtime import WeightGrads
 from megatron_ds.parallel.collectives import all_reduce
 from megatron_ds.parallel.context import ParallelContext, coordinates
@@ -107,19 +108,22 @@ def on_paper(run: Run, recipe: Recipe, rank: int) -> Paper:
     """Build the engine of a rank without memory, and try every kind of chunk and the end of a step."""
     with FakeTensorMode():
         engine = build_engine(_paper_run(run, rank), recipe)
-        by_kind: dict[tuple[int, bool, bool], ChunkCosts] = {}
-        for number, chunk in enumerate(engine.chunks):
-            if kind_of(chunk.stage) not in by_kind:
-                by_kind[kind_of(chunk.stage)] = _try_chunk(engine, number)
-        chunks = tuple(by_kind[kind_of(chunk.stage)] for chunk in engine.chunks)
+        by_kind: dict[Hashable, ChunkCosts] = {}
+        kinds = [kind_of(run.config.model, chunk.stage) for chunk in engine.chunks]
+        for number, kind in enumerate(kinds):
+            if kind not in by_kind:
+                by_kind[kind] = _try_chunk(engine, number)
+        chunks = tuple(by_kind[kind] for kind in kinds)
         wire = engine.executor.wire
         wire_bytes = torch.Size(wire.shape).numel() * wire.dtype.itemsize
         return Paper(held(engine), chunks, _try_end_of_step(engine), wire_bytes)
 
 
-def kind_of(stage: Stage) -> tuple[int, bool, bool]:
-    """All that makes one chunk cost something else than another: number of layers, and the ends of the model."""
-    return stage.stop - stage.start, stage.is_first, stage.is_last
+def kind_of(model: TransformerConfig, stage: Stage) -> Hashable:
+    """All that makes one chunk cost something else than another: how many layers of which kind, and the ends."""
+    border = model.encoder_layers if model.model_type == "T5" else 0
+    layers = min(stage.stop, border) - min(stage.start, border), stage.stop - stage.start
+    return layers, stage.start < border <= stage.stop, stage.is_first, stage.is_last
 
 
 def in_all(paper: Paper, actions: Actions, num_microbatches: int) -> Costs:
@@ -174,9 +178,11 @@ def _paper_run(run: Run, rank: int) -> Run:
     )
 
 
-def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
+def _flash(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, pattern: Pattern, dropout: float
+) -> torch.Tensor:
     """GPUs drop out inside the attention; torch on CPUs would keep a matrix of s x s."""
-    return causal_attention(q, k, v, 0.0)
+    return torch_attention(q, k, v, mask, pattern, 0.0)
 
 
 def _bias_dropout_add(
@@ -190,9 +196,7 @@ def _bias_dropout_add(
 def _try_chunk(engine: Engine, number: int) -> ChunkCosts:
     """Run one micro-batch through one chunk, as the only one of a step."""
     run = engine.run
-    b, s = run.plan.micro_batch_size, run.plan.seq_length
-    tokens = torch.zeros(b, s, dtype=torch.int64)
-    batch = GPTBatch(tokens, tokens, torch.ones(b, s), tokens)
+    batch = blank_batch(run.config.model.model_type, run.config.data, run.plan.micro_batch_size)
     before = sent_so_far(run.parallel)
     with footprints(engine.executor) as found:
         engine.executor.run(_only(engine, number), take(repeat(batch), run, 0, 1), Timers())
@@ -214,10 +218,13 @@ def _only(engine: Engine, chunk: int) -> Actions:
 
 def _try_end_of_step(engine: Engine) -> Sent:
     """What a step sends once the backward is done: see train_step."""
-    parallel, logging = engine.run.parallel, engine.run.config.logging
-    before = sent_so_far(parallel)
+    run = engine.run
+    parallel, logging = run.parallel, run.config.logging
+    before, losses = sent_so_far(parallel), run.config.model.loss_names
     engine.buckets.wait()
-    all_reduce(torch.zeros(len(Totals._fields), dtype=torch.float64), parallel.world)
+    all_reduce(torch.zeros(2 * len(losses) + len(Totals._fields), dtype=torch.float64), parallel.world)
+    if len(losses) > 1:
+        all_reduce(torch.zeros(len(losses), dtype=torch.float64), parallel.dp_cp)
     if logging.log_params_norm:
         all_reduce(torch.zeros((), dtype=torch.float64), parallel.world)
     engine.optimizer.publish()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 
@@ -28,8 +28,7 @@ def report(run: Run, recipe: Recipe, vocab_note: str) -> str:
     """The whole page. Without --device cpu it is about GPUs."""
     plan, config = run.plan, run.config
     run = dataclasses.replace(run, device=torch.device("cpu" if config.parallel.device == "cpu" else "cuda"))
-    assert config.model.num_layers
-    table = recipe.model(run, Stage(0, config.model.num_layers, is_first=True, is_last=True)).table()
+    table = recipe.model(run, Stage(0, config.model.total_layers, is_first=True, is_last=True)).table()
     costs = stage_costs(run, recipe)
     sections = [
         _layout(run),
@@ -48,11 +47,11 @@ def report(run: Run, recipe: Recipe, vocab_note: str) -> str:
 
 def stage_costs(run: Run, recipe: Recipe) -> list[Costs]:
     """Of a step of the full batch, for the first rank of every stage."""
-    plan, papers = run.plan, dict[tuple[tuple[int, bool, bool], ...], Paper]()
+    plan, papers = run.plan, dict[tuple[Hashable, ...], Paper]()
     count, per_stage = plan.num_microbatches, plan.world_size // plan.sizes["pp"]
     out = []
     for stage, actions in enumerate(plan.actions(count)):
-        kinds = tuple(map(kind_of, plan.stages[stage]))
+        kinds = tuple(kind_of(run.config.model, chunk) for chunk in plan.stages[stage])
         if kinds not in papers:
             papers[kinds] = on_paper(run, recipe, stage * per_stage)
         out.append(in_all(papers[kinds], actions, count))

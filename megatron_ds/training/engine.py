@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_ds.model.gpt import GPTModel
+from megatron_ds.model.chunk import ModelChunk
 from megatron_ds.model.init import initial_values
 from megatron_ds.optim.buckets import Buckets
 from megatron_ds.optim.loss_scale import LossScaling
@@ -23,7 +23,7 @@ class Engine:
     """What a training step works with."""
 
     run: Run
-    chunks: list[GPTModel]
+    chunks: list[ModelChunk]
     table: dict[str, ParamSpec]
     buckets: Buckets
     optimizer: ZeroOptimizer
@@ -85,10 +85,7 @@ def build_engine(run: Run, recipe: Recipe) -> Engine:
     )
     if config.optimizer.overlap_param_gather:
         buckets.wait_in_forward(chunks)
-    assert config.model.hidden_size
-    shards = run.sharding
-    positions = plan.seq_length // shards.cp.size // (shards.tp.size if shards.sequence_parallel else 1)
-    wire = Wire((positions, plan.micro_batch_size, config.model.hidden_size), run.residual_dtype, run.device)
+    wire = Wire(chunks[0].wire_shape(plan.lengths, plan.micro_batch_size), run.residual_dtype, run.device)
     executor = Executor(
         chunks,
         recipe.forward_step,
@@ -97,6 +94,7 @@ def build_engine(run: Run, recipe: Recipe) -> Engine:
         wire=wire,
         streams=run.streams,
         weight_grads=run.weight_grads,
+        num_losses=len(config.model.loss_names),
     )
     optimizer = ZeroOptimizer(buckets, config.optimizer, tp=parallel.tp, dp=parallel.dp_cp)
     table = {name: spec for rows in tables for name, spec in rows.items()}

@@ -38,7 +38,7 @@ class Loop:
     metrics: Metrics
     timers: Timers
     progress: Progress
-    flops_per_token: int
+    flops_per_sample: int
     train_batches: Batches
     valid_batches: Batches | None
     stop: Callable[[], bool]
@@ -108,9 +108,9 @@ class Loop:
 
     def _evaluate(self, batches: MicrobatchLoader, where: str, split: Literal["validation", "test"]) -> bool:
         with closing(batches):
-            loss, stopped = evaluate(self.engine, batches, self.engine.run.config.training.eval_iters, self.stop)
+            losses, stopped = evaluate(self.engine, batches, self.engine.run.config.training.eval_iters, self.stop)
         if not stopped:
-            self.metrics.validation(where, {"lm loss": loss}, self._position(), split)
+            self.metrics.validation(where, losses, self._position(), split)
         if self.engine.run.config.training.manual_gc:
             gc.collect()
         return stopped
@@ -123,16 +123,16 @@ class Loop:
                 iteration=position.iteration,
                 consumed_samples=position.consumed_samples,
                 consumed_tokens=position.consumed_tokens,
-                losses={"lm loss": result.loss},
+                losses=result.losses,
                 grad_norm=result.grad_norm,
                 learning_rate=result.learning_rate,
                 loss_scale=result.loss_scale,
                 global_batch_size=samples,
                 skipped=result.skipped,
-                nan=not math.isfinite(result.loss),
+                nan=not all(map(math.isfinite, result.losses.values())),
                 elapsed_s=elapsed_s,
                 tokens_per_s=tokens_per_s,
-                tflops=tokens_per_s * self.flops_per_token / plan.world_size / 1e12,
+                tflops=samples / elapsed_s * self.flops_per_sample / plan.world_size / 1e12,
                 params_norm=result.params_norm,
                 num_zeros=result.num_zeros,
             )

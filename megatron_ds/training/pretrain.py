@@ -16,6 +16,7 @@ import torch
 
 from megatron_ds import log
 from megatron_ds.config import Config, parse
+from megatron_ds.data.batch import collate_for
 from megatron_ds.data.loader import MicrobatchLoader
 from megatron_ds.data.tokenizer import Tokenizer, build_tokenizer, planned_vocab_size
 from megatron_ds.deepspeed_json import Merged, merge
@@ -32,7 +33,7 @@ from megatron_ds.rules_layout import ranks_per_replica
 from megatron_ds.timers import Timers
 from megatron_ds.training import dry_run
 from megatron_ds.training.engine import Engine, build_engine
-from megatron_ds.training.flops import train_flops_per_token
+from megatron_ds.training.flops import train_flops_per_sample
 from megatron_ds.training.loop import Loop
 from megatron_ds.training.meter import Meter
 from megatron_ds.training.metrics import Metrics
@@ -156,7 +157,7 @@ def _loop(
         metrics,
         Timers(run.config.logging.timing_log_level, synchronise),
         progress,
-        train_flops_per_token(run, recipe),
+        train_flops_per_sample(run, recipe),
         lambda now: _loader(run, datasets.train, now.consumed_samples),
         (lambda now: _loader(run, valid, now.consumed_valid_samples)) if valid is not None else None,
         stop,
@@ -175,9 +176,7 @@ def _loader(run: Run, dataset: Any, consumed_samples: int) -> MicrobatchLoader:
         dp_size=run.parallel.dp.size,
         dataloader_type=data.dataloader_type,
         num_workers=data.num_workers,
-        eod=run.tokenizer.eod if run.tokenizer else None,
-        eod_mask_loss=data.eod_mask_loss,
-        reset_position_ids=data.reset_position_ids,
+        collate=collate_for(run.config.model.model_type, data, run.tokenizer.eod if run.tokenizer else None),
     )
 
 

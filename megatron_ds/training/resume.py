@@ -167,6 +167,7 @@ def _state(run: Run, progress: Progress) -> dict[str, Any]:
         "vocab_size": run.plan.vocab.size,
         "max_positions": run.plan.max_positions,
         "seq_length": run.plan.seq_length,
+        "decoder_seq_length": run.plan.lengths.decoder or None,
         "model": dataclasses.asdict(run.config.model),
         "tokenizer": dataclasses.asdict(run.config.tokenizer),
         "dtype": str(run.dtype).removeprefix("torch."),

@@ -11,7 +11,7 @@ import torch
 from megatron_ds.config import Config
 from megatron_ds.data.tokenizer import Tokenizer
 from megatron_ds.kernels.table import Kernels
-from megatron_ds.model.gpt import GPTModel, Stage
+from megatron_ds.model.chunk import ModelChunk, Stage
 from megatron_ds.model.runtime import Runtime, WeightGrads
 from megatron_ds.parallel.context import ParallelContext, Sharding
 from megatron_ds.parallel.rng import DropoutStreams
@@ -72,7 +72,7 @@ class Run:
 
 
 class Datasets(Protocol):
-    """One map-style dataset per split; None where no samples are needed."""
+    """One map-style dataset per split; None where no samples are needed. A tuple of the three serves as well."""
 
     @property
     def train(self) -> Any:
@@ -87,7 +87,7 @@ class Datasets(Protocol):
         """Rows of the final test."""
 
 
-ModelProvider = Callable[[Run, Stage], GPTModel]
+ModelProvider = Callable[[Run, Stage], ModelChunk]
 DatasetsProvider = Callable[[Run, SampleCounts], Datasets]
 
 

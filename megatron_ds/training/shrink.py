@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from megatron_ds.checkpoint.config import CheckpointConfig
 from megatron_ds.config import Config
+from megatron_ds.data.config import DataConfig
 from megatron_ds.data.tokenizer import planned_vocab_size
 from megatron_ds.model.config import RecomputeConfig, TransformerConfig
 from megatron_ds.optim.config import LRConfig, PrecisionConfig
@@ -55,7 +56,7 @@ def shrink(config: Config, world_size: int) -> Small:
         optimizer=dataclasses.replace(config.optimizer, lr=1e-3, adam_eps=ADAM_EPS, reduce_bucket_size=BUCKET_ELEMENTS),
         lr=LRConfig(lr_decay_style="constant"),
         precision=PrecisionConfig(),
-        data=dataclasses.replace(config.data, seq_length=_positions(config), mock_data=True),
+        data=_data(config),
         tokenizer=dataclasses.replace(config.tokenizer, make_vocab_size_divisible_by=PAD_TO),
         checkpoint=CheckpointConfig(),
         logging=LoggingConfig(),
@@ -75,27 +76,52 @@ def plain(config: Config) -> Config:
 
 
 class _Layers(NamedTuple):
-    """Of the tiny model; `share` is what a chunk holds unless the flags of the first or last stage say otherwise."""
+    """Of the tiny model; `share` is what a chunk holds unless the flags of the first or last stage say otherwise.
+
+    encoder: those of T5's encoder.
+    """
 
     total: int
     share: int
-    first: int | None
-    last: int | None
+    first: int | None = None
+    last: int | None = None
+    encoder: int | None = None
 
 
 def _layers(config: Config) -> _Layers:
     """A layer for every chunk; two where one could not show what the flags ask for."""
     parallel, recompute = config.parallel, config.recompute
-    assert config.model.num_layers
-    stages, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_stages(config.model.num_layers)
+    stages, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_stages(config.model.total_layers)
     wanted = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
+    if config.model.model_type == "T5":
+        return _two_stacks(config, stages * virtual)
     method = (parallel.pp_partition_method or "uniform").lower()
     grouped = recompute.granularity == "full" and recompute.num_layers > 1
     needs_two = wanted != (None, None) or method != "uniform" or grouped or stages * virtual == 1
-    share, average = 1 + needs_two, config.model.num_layers / stages
+    share, average = 1 + needs_two, config.model.total_layers / stages
     ends = [None if n is None else (share + (n > average) - (n < average)) * virtual for n in wanted]
     given = [n for n in ends if n is not None]
     return _Layers(sum(given) + (stages - len(given)) * share * virtual, share, ends[0], ends[1])
+
+
+def _two_stacks(config: Config, chunks: int) -> _Layers:
+    """About half of the layers for each stack, so that some chunk lies on the border or on either side of it."""
+    recompute, split = config.recompute, config.parallel.pipeline_model_parallel_split_rank
+    share = 1 + (chunks == 1 or (recompute.granularity == "full" and recompute.num_layers > 1))
+    encoder = share * max(1, chunks // 2 if split is None else split)
+    return _Layers(encoder + max(1, share * chunks - encoder), share, encoder=encoder)
+
+
+def _data(config: Config) -> DataConfig:
+    """Random samples, the decoder's a little shorter than the encoder's."""
+    share = config.parallel.tensor_model_parallel_size if config.parallel.sequence_parallel else 1
+    decoder = config.data.decoder_seq_length
+    return dataclasses.replace(
+        config.data,
+        seq_length=_positions(config),
+        decoder_seq_length=None if decoder is None else min(decoder, _multiple(share, POSITIONS - 4)),
+        mock_data=True,
+    )
 
 
 def _model(config: Config, layers: _Layers) -> TransformerConfig:
@@ -106,11 +132,15 @@ def _model(config: Config, layers: _Layers) -> TransformerConfig:
     width = heads * size
     wider = model.hidden_size > _width(model)  # only with --kv-channels can the two differ
     hidden = 2 * width if wider else width if model.hidden_size == _width(model) else _multiple(8, width // 2)
-    positions, rows = _positions(config), model.max_position_embeddings
+    data, rows = _data(config), model.max_position_embeddings
+    positions = max(data.seq_length or 0, data.decoder_seq_length or 0)
+    stacks = (None, layers.encoder, layers.total - layers.encoder) if layers.encoder else (layers.total, None, None)
     spare = 4 if (rows or 0) > config.data.seq_length else 0
     return dataclasses.replace(
         model,
-        num_layers=layers.total,
+        num_layers=stacks[0],
+        encoder_num_layers=stacks[1],
+        decoder_num_layers=stacks[2],
         hidden_size=hidden,
         ffn_hidden_size=_multiple(tp, min(model.ffn_size, hidden * model.ffn_size // model.hidden_size)),
         num_attention_heads=heads,
@@ -118,6 +148,7 @@ def _model(config: Config, layers: _Layers) -> TransformerConfig:
         num_query_groups=kv_heads if model.group_query_attention else model.num_query_groups,
         num_key_value_heads=None if model.num_key_value_heads is None else kv_heads,
         max_position_embeddings=None if rows is None else positions + spare,
+        window_size=None if model.window_size is None else min(model.window_size, 5),
         attention_dropout=0.0,
         hidden_dropout=0.0,
     )
@@ -179,7 +210,7 @@ def _multiple(unit: int, least: int) -> int:
 
 SHOWN = {
     "model": (
-        "num_layers",
+        "total_layers",
         "hidden_size",
         "num_attention_heads",
         "kv_heads",
@@ -189,7 +220,7 @@ SHOWN = {
         "hidden_dropout",
     ),
     "parallel": ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
-    "data": ("seq_length",),
+    "data": ("seq_length", "decoder_seq_length"),
     "recompute": ("num_layers",),
     "training": ("micro_batch_size", "global_batch_size"),
     "precision": ("bf16", "fp16"),

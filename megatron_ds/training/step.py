@@ -24,10 +24,10 @@ from megatron_ds.training.run import Run
 class StepResult:
     """What every rank knows after a step.
 
-    loss: mean over the global batch's target tokens. stop, out_of_time: so it is for some rank.
+    losses: each a mean over the global batch's targets of that kind. stop, out_of_time: so it is for some rank.
     """
 
-    loss: float
+    losses: dict[str, float]
     grad_norm: float
     learning_rate: float
     loss_scale: float
@@ -40,10 +40,8 @@ class StepResult:
 
 
 class Totals(NamedTuple):
-    """What all ranks together found in one step, in the order of the one all-reduce that sums it."""
+    """What all ranks together found in one step, in the order of the one all-reduce that sums it, behind the losses."""
 
-    loss: float
-    targets: float
     squared_norm: float
     zeros: float
     stops: float
@@ -63,7 +61,7 @@ def train_step(
     """Forward, backward, reduce; then one sum over all ranks decides everything else.
 
     Comm: the schedule's, the reduction of gradients, one all-reduce of 6 numbers over the world (of another one if
-          the norm of the parameters is logged), the all-gather of parameters with ZeRO
+          the norm of the parameters is logged, or if there are several losses), the all-gather of parameters with ZeRO
     """
     run, stage = engine.run, engine.run.parallel.pp.rank
     engine.buckets.zero()
@@ -71,19 +69,20 @@ def train_step(
     count = run.plan.num_microbatches_at(progress.consumed_samples)
     with timers("batch-generator", 2):
         microbatches = take(batches, run, progress.consumed_samples, count)
+    engine.executor.loss_weights = _loss_weights(run, microbatches)
     with timers("forward-backward", 1):
         sums = engine.executor.run(run.plan.actions(count)[stage], microbatches, timers)
         engine.buckets.wait()
     with timers("optimizer", 1):
-        totals = _sum_over_world(engine, sums, stop, out_of_time)
+        losses, targets, totals = _sum_over_world(engine, sums, stop, out_of_time)
         # The backward ran with a fixed scale; only now is it known over how many target tokens the loss is a mean.
-        ratio = 1.0 / (engine.executor.loss_scale * totals.targets) if totals.targets else math.nan
+        ratio = 1.0 / (engine.executor.loss_scale * targets) if targets else math.nan
         norm = math.sqrt(totals.squared_norm) * ratio
         if math.isfinite(norm):
             _update(engine, schedule, progress.consumed_samples, norm, ratio)
     logging = run.config.logging
     return StepResult(
-        loss=totals.loss / totals.targets if totals.targets else math.nan,
+        losses=losses,
         grad_norm=norm,
         learning_rate=schedule.lr_at(progress.consumed_samples),
         loss_scale=progress.loss_scale.scale,
@@ -96,16 +95,38 @@ def train_step(
     )
 
 
-def _sum_over_world(engine: Engine, sums: torch.Tensor, stop: bool, out_of_time: bool) -> Totals:
-    """Every number that the ranks have to share, in one message."""
+def _loss_weights(run: Run, microbatches: list[Microbatch]) -> torch.Tensor | None:
+    """What each sum of losses counts in their total, for one that has so many targets as the first to count 1.
+
+    The mean of the first is divided by its targets after the backward; that of another has to be before.
+    Comm: with several losses one all-reduce of their numbers of targets over dp x cp
+    """
+    if len(run.config.model.loss_names) == 1:
+        return None
+    targets = sum((batch.num_targets() for batch, _ in microbatches), start=torch.zeros((), device=run.device))
+    counts = all_reduce(targets.double(), run.parallel.dp_cp)
+    return (counts[0] / counts.clamp(min=1)).float()
+
+
+def means(names: tuple[str, ...], sums: list[float]) -> dict[str, float]:
+    """Of the sums of losses, then the numbers of targets: each loss per target."""
+    values = zip(names, sums[: len(names)], sums[len(names) :], strict=True)
+    return {name: loss / targets if targets else math.nan for name, loss, targets in values}
+
+
+def _sum_over_world(
+    engine: Engine, sums: torch.Tensor, stop: bool, out_of_time: bool
+) -> tuple[dict[str, float], float, Totals]:
+    """Every number that the ranks have to share, in one message; of the losses their means, and the first's targets."""
     parallel, optimizer = engine.run.parallel, engine.optimizer
     counted = engine.run.config.logging.log_num_zeros_in_grad
     zeros = optimizer.num_zeros() if counted else sums.new_zeros(())
-    mine = sums if parallel.tp.is_first else torch.zeros_like(sums)  # tensor-parallel ranks saw the same tokens
+    mine = sums.flatten() if parallel.tp.is_first else sums.new_zeros(sums.numel())  # tp ranks saw the same tokens
     flags = sums.new_tensor([float(stop), float(out_of_time)])
-    return Totals(
-        *all_reduce(torch.cat((mine, optimizer.squared_norm()[None], zeros[None], flags)), parallel.world).tolist()
-    )
+    parts = torch.cat((mine, optimizer.squared_norm()[None], zeros[None], flags))
+    summed = all_reduce(parts, parallel.world).tolist()
+    names, count = engine.run.config.model.loss_names, sums.numel()
+    return means(names, summed[:count]), summed[count // 2], Totals(*summed[count:])
 
 
 def _update(engine: Engine, schedule: LRSchedule, consumed_samples: int, norm: float, ratio: float) -> None:
@@ -133,25 +154,27 @@ def take(batches: Iterator[Any], run: Run, consumed_samples: int, count: int) ->
     return [Microbatch(next(batches).at(here).to(run.device), row) for row in rows]
 
 
-def evaluate(engine: Engine, batches: Iterator[Any], iterations: int, stop: Callable[[], bool]) -> tuple[float, bool]:
-    """Mean loss over the target tokens of `iterations` global batches, and whether some rank was told to stop.
+def evaluate(
+    engine: Engine, batches: Iterator[Any], iterations: int, stop: Callable[[], bool]
+) -> tuple[dict[str, float], bool]:
+    """Mean losses over the targets of `iterations` global batches, and whether some rank was told to stop.
 
-    Comm: the schedule's; one all-reduce of 3 numbers over the world per global batch
+    Comm: the schedule's; one all-reduce over the world per global batch: losses, targets, and who stops
     """
     run = engine.run
     plan, parallel = run.plan, run.parallel
     engine.train(False)
     stopped = False
-    total = torch.zeros(2, dtype=torch.float64, device=run.device)
+    names = run.config.model.loss_names
+    total = torch.zeros(2 * len(names), dtype=torch.float64, device=run.device)
     for _ in range(iterations):
         microbatches = take(batches, run, 0, plan.num_microbatches)
         sums = engine.executor.run(plan.eval_actions[parallel.pp.rank], microbatches, Timers())
-        share = sums if parallel.tp.is_first else torch.zeros_like(sums)
+        share = sums.flatten() if parallel.tp.is_first else sums.new_zeros(sums.numel())
         summed = all_reduce(torch.cat((share, sums.new_tensor([float(stop())]))), parallel.world)
-        total += summed[:2]
-        stopped = bool(summed[2] > 0)
+        total += summed[:-1]
+        stopped = bool(summed[-1] > 0)
         if stopped:
             break
     engine.train(True)
-    loss_sum, targets = total.tolist()
-    return (loss_sum / targets if targets else math.nan), stopped
+    return means(names, total.tolist()), stopped

@@ -12,13 +12,13 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from megatron_ds import log
 from megatron_ds.config import Config
-from megatron_ds.data.loader import GPTBatch
+from megatron_ds.data.batch import Batch, collate_for
 from megatron_ds.errors import EXIT_FAULT, EXIT_OK, ConfigError
 from megatron_ds.kernels.table import Kernels
 from megatron_ds.model.config import RecomputeConfig
@@ -29,7 +29,7 @@ from megatron_ds.parallel.collectives import gather_bytes
 from megatron_ds.parallel.context import Axis, ParallelContext
 from megatron_ds.parallel.rng import DropoutStreams
 from megatron_ds.parallel.spec import Init, Piece
-from megatron_ds.plan import Plan, make_plan
+from megatron_ds.plan import Plan, SampleCounts, make_plan
 from megatron_ds.timers import Timers
 from megatron_ds.training.engine import Engine, build_engine
 from megatron_ds.training.progress import Progress
@@ -121,11 +121,12 @@ def _train(recipe: Recipe, config: Config, vocab_size: int, device: torch.device
     _set_weights(engine)
     schedule = lr_schedule(config.lr, config.optimizer, None, plan.global_batch_size, STEPS)
     progress, trained = Progress(), Trained([], [])
+    rows = recipe.datasets(engine.run, SampleCounts(STEPS * plan.global_batch_size, 0, 0)).train
     for step in range(STEPS):
-        batches = _batches(engine.run, step)
+        batches = _batches(engine.run, rows, step)
         result = train_step(engine, schedule, progress, batches, Timers(), stop=False, out_of_time=False)
         progress = progress.after_step(plan.global_batch_size, result.skipped, result.next_loss_scale)
-        trained.history.append((result.loss, result.grad_norm))
+        trained.history.append((sum(result.losses.values()), result.grad_norm))
         trained.gradients.append(list(_gradients(engine, result.grad_norm)))
     return trained
 
@@ -142,18 +143,17 @@ def _set_weights(engine: Engine) -> None:
             engine.optimizer.set_values(name, (values + (spec.init.kind == "ones")).to(run.device))
 
 
-def _batches(run: Run, step: int) -> Iterator[GPTBatch]:
+def _batches(run: Run, rows: Any, step: int) -> Iterator[Batch]:
     """This data-parallel rank's micro-batches of a global batch in which samples differ in their target tokens."""
     plan, dp, size = run.plan, run.parallel.dp, run.plan.micro_batch_size
-    generator = torch.Generator().manual_seed(run.config.training.seed + step)
-    shape = plan.global_batch_size, plan.seq_length
-    text = torch.randint(plan.vocab.size, (shape[0], shape[1] + 1), generator=generator)
-    kept = torch.randint(shape[1] + 1, (shape[0], 1), generator=generator)
-    kept[0] = shape[1]
-    positions = torch.arange(shape[1]).expand(shape)
-    whole = text[:, :-1], text[:, 1:], (positions < kept).float(), positions
-    for row in range(dp.rank * size, shape[0], dp.size * size):
-        yield GPTBatch(*(part[row : row + size] for part in whole))
+    collate = collate_for(run.config.model.model_type, run.config.data, eod=0)
+    for row in range(dp.rank * size, plan.global_batch_size, dp.size * size):
+        numbers = range(step * plan.global_batch_size + row, step * plan.global_batch_size + row + size)
+        batch = collate([rows[number] for number in numbers])
+        length = batch.loss_mask.shape[1]
+        kept = torch.tensor([length if number % 7 == 0 else number * 5 % length for number in numbers])
+        ragged = batch.loss_mask * (torch.arange(length) < kept.unsqueeze(1))
+        yield dataclasses.replace(batch, loss_mask=ragged)
 
 
 def _gradients(engine: Engine, norm: float) -> Iterator[Piece]:
@@ -327,9 +327,9 @@ def _introduction(config: Config, small: Small, plan: Plan) -> list[str]:
     layout += [f"schedule {parallel.schedule_name}", f"zero {plan.zero_stage}"]
     layout += [f"recompute {small.config.recompute.granularity}"] if small.config.recompute.granularity else []
     kept = [
-        "rope" if model.uses_rope else "learned positions",
+        f"{model.positions.replace('_', ' ')} positions",
         model.normalization,
-        "SwiGLU" if model.swiglu else "GELU",
+        model.activation,
         "biases" if model.add_bias_linear else "no biases",
         "untied" if model.untie_embeddings_and_output_weights else "tied embeddings",
         f"vocabulary {plan.vocab.size} padded to {plan.vocab.padded}",

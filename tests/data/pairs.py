@@ -13,14 +13,19 @@ CODES = {"uint16": 8, "int32": 4}
 
 def write_pair(prefix: Path, documents: Sequence[Sequence[int]], dtype: str = "uint16") -> str:
     """One sequence per document; an empty document is a bound without a sequence."""
-    rows = [row for row in documents if len(row)]
+    return write_sentences(prefix, [[row] if len(row) else [] for row in documents], dtype)
+
+
+def write_sentences(prefix: Path, documents: Sequence[Sequence[Sequence[int]]], dtype: str = "uint16") -> str:
+    """One sequence per sentence."""
+    rows = [row for document in documents for row in document]
     size = np.dtype(dtype).itemsize
     bounds, offsets, offset = [0], [], 0
-    for row in documents:
-        bounds.append(bounds[-1] + bool(len(row)))
-        if len(row):
-            offsets.append(offset)
-            offset += len(row) * size
+    for document in documents:
+        bounds.append(bounds[-1] + len(document))
+    for row in rows:
+        offsets.append(offset)
+        offset += len(row) * size
     index = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, CODES[dtype], len(rows), len(bounds))
     index += struct.pack(f"<{len(rows)}i", *map(len, rows))
     index += struct.pack(f"<{len(rows)}q", *offsets)

@@ -168,6 +168,15 @@ def test_processes_share_one_cache(tmp_path: Path) -> None:
     assert len(list((tmp_path / "cache" / "GPTDataset_indices").iterdir())) == 1
 
 
+def test_without_shuffling_rows_follow_the_files(prefix: str, documents: list[list[int]]) -> None:
+    """Also into a second epoch: sample i is tokens [8 i, 8 i + 8] of the documents as they are."""
+    row = np.concatenate(documents * 2)
+    dataset = build((len(row) // 8 - 2, 0, 0), data_path=(prefix,), split="1", shuffle=False).train
+    assert dataset is not None
+    for i in range(len(dataset)):
+        assert dataset[i].tolist() == row[8 * i : 8 * i + 9].tolist()
+
+
 def test_mock_data_needs_no_files() -> None:
     sets = build((4, 2, 0), mock_data=True)
     assert sets.train is not None and sets.valid is not None and sets.test is None

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
-from megatron_ds.data import tokenizer as adapter
+from megatron_ds.data import tokenizer_kinds as adapter
 from megatron_ds.data.bpe_ranks import tiktoken_ranks
 from megatron_ds.data.config import TokenizerConfig
-from megatron_ds.data.tokenizer import build_tokenizer, planned_vocab_size
+from megatron_ds.data.tokenizer import Tokenizer, build_tokenizer, planned_vocab_size
 from megatron_ds.errors import ConfigError, DataError
+from tests.data.word_pieces import bert_words, longest_first
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, and the dog doesn't care.",
@@ -216,3 +219,150 @@ def test_planned_size(bpe: TokenizerConfig) -> None:
     assert planned_vocab_size(TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=7))[0] == 8
     with pytest.raises(ConfigError, match="--vocab-size"):
         planned_vocab_size(TokenizerConfig(tokenizer_type="HFTokenizer", tokenizer_model="x"))
+
+
+BERT_PIECES = "[PAD] [unused0] [UNK] [CLS] [SEP] [MASK] the dog ##s cafe caf un ##aff ##able , ! \u65e5 \u672c ##x"
+
+
+@pytest.fixture
+def word_pieces(tmp_path: Path) -> Path:
+    """A vocab.txt by hand: [PAD] is 0, ##x is 18."""
+    path = tmp_path / "vocab.txt"
+    path.write_text("\n".join(BERT_PIECES.split()) + "\n", encoding="utf-8")
+    return path
+
+
+def bert(path: Path, **flags: Any) -> Tokenizer:
+    config = TokenizerConfig(**{"tokenizer_type": "BertWordPieceLowerCase", "vocab_file": str(path), **flags})
+    return build_tokenizer(config)
+
+
+def test_word_piece_by_hand(word_pieces: Path) -> None:
+    found = bert(word_pieces, vocab_extra_ids=2)
+    text = "The  CAF\u00c9, unaffable dogs!\u65e5\u672c [MASK] dogx"
+    # [MASK] in a text is a bracket, a word and a bracket, which this vocabulary lacks
+    assert found.tokenize(text) == [6, 9, 14, 11, 12, 13, 7, 8, 15, 16, 17, 2, 2, 2, 7, 18]
+    assert found.tokenize_batch(["", "the"], bare=True) == [[], [6]]
+    # 19 tokens in the file; [BOS] 19, [EOS] 20, <extra_id_0> 21, <extra_id_1> 22
+    assert (found.vocab_size, found.eod, found.sentinels) == (23, 4, (21, 22))
+    assert (found.cls, found.sep, found.mask, found.pad, found.bos, found.eos) == (3, 4, 5, 0, 19, 20)
+    assert [i for i in range(23) if found.continuations[i]] == [8, 12, 13, 18] and len(found.continuations) == 23
+    assert found.random_ids.tolist() == list(range(23))
+    assert found.detokenize([11, 12, 13, 7, 8, 21]) == "unaffable dogs<extra_id_0>"
+    cased = bert(word_pieces, tokenizer_type="BertWordPieceCase")
+    assert cased.tokenize("The the caf\u00e9 cafe") == [2, 6, 2, 9] and cased.sentinels == ()
+    assert cased.vocab_size == 21 and cased.fingerprint() != bert(word_pieces).fingerprint()
+
+
+def test_word_piece_names_what_the_vocabulary_lacks(tmp_path: Path, word_pieces: Path) -> None:
+    path = tmp_path / "small.txt"
+    path.write_text("[UNK]\n[CLS]\n[SEP]\n[EOS]\n")
+    found = bert(path)
+    assert (found.cls, found.sep, found.eos, found.bos, found.vocab_size) == (1, 2, 3, 4, 5)
+    for role, token in (("mask", r"\[MASK\]"), ("pad", r"\[PAD\]")):
+        with pytest.raises(DataError, match=rf"(?s)--vocab-file {path}.*no token {token}.*add the line {token}"):
+            getattr(found, role)
+    path.write_text("[UNK]\n[MASK]\n")
+    with pytest.raises(DataError, match=r"no \[CLS\], \[SEP\]"):
+        bert(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match="a token on each line"):
+        bert(path)
+
+
+@pytest.mark.parametrize("lower", [True, False])
+def test_word_piece_equals_its_definition_and_library(tmp_path: Path, lower: bool) -> None:
+    from tokenizers import BertWordPieceTokenizer
+
+    library = BertWordPieceTokenizer(lowercase=lower)
+    library.train_from_iterator(CORPUS * 5, vocab_size=260, min_frequency=2, show_progress=False)
+    library.save_model(str(tmp_path))
+    lines = (tmp_path / "vocab.txt").read_text(encoding="utf-8").splitlines()
+    vocab = {piece: place for place, piece in enumerate(lines)}
+    found = bert(tmp_path / "vocab.txt", tokenizer_type="BertWordPieceLowerCase" if lower else "BertWordPieceCase")
+    texts = [*CORPUS, *random_texts(300), "a" * 100, "a" * 101, "x\u200by\ufffdz\x00.", "\u20ac5\u00a7\u2014q", ""]
+    by_definition = [[i for word in bert_words(text, lower) for i in longest_first(word, vocab)] for text in texts]
+    assert found.tokenize_batch(texts) == by_definition
+    loaded = BertWordPieceTokenizer(str(tmp_path / "vocab.txt"), lowercase=lower)
+    assert [loaded.encode(text, add_special_tokens=False).ids for text in texts] == by_definition
+
+
+def test_special_tokens_of_sentencepiece(pieces: str) -> None:
+    """The model has <unk> 0, <s> 1, </s> 2 and no pad; its pieces that start with U+2581 start words."""
+    import sentencepiece
+
+    library = sentencepiece.SentencePieceProcessor(model_file=pieces)
+    kind = {"tokenizer_model": pieces, "vocab_extra_ids": 2}
+    full = build_tokenizer(TokenizerConfig(tokenizer_type="SentencePieceTokenizer", **kind))  # type: ignore[arg-type]
+    assert (full.cls, full.sep, full.mask, full.pad, full.bos, full.eos) == (120, 121, 123, 124, 1, 2)
+    assert full.sentinels == (125, 126) and full.random_ids.tolist() == list(range(127))
+    texts = [library.id_to_piece(i) for i in range(120)]
+    wanted = [i for i, text in enumerate(texts) if text[0] != "\u2581" and text not in ("<s>", "</s>")]
+    assert [i for i in range(127) if full.continuations[i]] == wanted and 10 < len(wanted) < 119
+    llama = build_tokenizer(TokenizerConfig(tokenizer_type="Llama2Tokenizer", **kind))  # type: ignore[arg-type]
+    assert llama.tokenize_batch(["the dog"], bare=True) == [library.encode("the dog")]
+    assert (llama.bos, llama.eos, llama.sentinels) == (1, 2, (120, 121))
+    with pytest.raises(DataError, match=r"(?s)no mask token.*SentencePieceTokenizer"):
+        _ = llama.mask
+
+
+def test_special_tokens_of_gpt2(bpe: TokenizerConfig) -> None:
+    found = build_tokenizer(bpe)
+    assert (found.bos, found.eos, found.sentinels) == (0, 0, ())
+    vocab = json.loads(Path(str(bpe.vocab_file)).read_text())
+    starts = {vocab[piece] for piece in vocab if piece.startswith("\u0120")} | {0}
+    assert {*range(360)} - {*np.flatnonzero(found.continuations).tolist()} == starts and len(starts) > 5
+    with pytest.raises(DataError, match=r"(?s)--vocab-file .*no mask token.*BertWordPieceLowerCase"):
+        _ = found.mask
+
+
+def test_special_tokens_of_tokenizer_json(tmp_path: Path, word_pieces: Path) -> None:
+    """A BERT tokenizer of Hugging Face: [CLS] and [SEP] round a text, none round a sentence within one."""
+    from tokenizers import BertWordPieceTokenizer
+
+    BertWordPieceTokenizer(str(word_pieces)).save(str(tmp_path / "tokenizer.json"))
+    names = {"cls_token": "[CLS]", "sep_token": {"content": "[SEP]"}, "pad_token": "[PAD]", "bos_token": "<none>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"mask_token": "[MASK]", "pad_token": "the"}))
+    kind = {"tokenizer_type": "HFTokenizer", "tokenizer_model": str(tmp_path)}
+    found = build_tokenizer(TokenizerConfig(**kind))  # type: ignore[arg-type]
+    assert (found.cls, found.sep, found.pad, found.mask, found.eod, found.vocab_size) == (3, 4, 0, 5, 4, 19)
+    assert found.tokenize("dogs") == [3, 7, 8, 4] and found.tokenize_batch(["dogs"], bare=True) == [[7, 8]]
+    assert [i for i in range(19) if found.continuations[i]] == [8, 12, 13, 18]
+    with pytest.raises(DataError, match=r"(?s)no bos token.*bos_token in tokenizer_config.json"):
+        _ = found.bos
+
+
+PARTS: list[tuple[dict[str, Any], str]] = [
+    ({"pre_tokenizer": {"type": "Metaspace", "replacement": "_"}}, "_"),
+    ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Split"}, {"type": "ByteLevel"}]}}, "\u0120"),
+    ({"decoder": {"type": "Sequence", "decoders": [{"type": "Replace", "pattern": {"String": "\u2581"}}]}}, "\u2581"),
+]
+
+
+@pytest.mark.parametrize(("parts", "mark"), PARTS)
+def test_words_by_the_parts_of_tokenizer_json(parts: dict[str, Any], mark: str) -> None:
+    added = [{"id": 0, "content": "<s>"}]
+    continues = adapter._by_description({"model": {"type": "BPE"}, "added_tokens": added, **parts})
+    assert [continues(piece) for piece in (f"{mark}the", "the", mark, "<s>", ",")] == [False, True, False, False, True]
+
+
+def test_sentinels_that_the_vocabulary_has(tmp_path: Path) -> None:
+    """T5's own tokenizer numbers them downwards: they keep their ids, and only missing ones are added."""
+    from tokenizers import Tokenizer, models
+
+    vocab = [("<unk>", 0.0), ("</s>", 0.0), ("a", -1.0), ("<extra_id_1>", 0.0), ("<extra_id_0>", 0.0)]
+    Tokenizer(models.Unigram(vocab, 0)).save(str(tmp_path / "tokenizer.json"))
+    kind = {"tokenizer_type": "HFTokenizer", "tokenizer_model": str(tmp_path), "vocab_extra_ids": 3}
+    found = build_tokenizer(TokenizerConfig(**kind))  # type: ignore[arg-type]
+    assert found.sentinels == (4, 3, 5) and found.vocab_size == 6
+
+
+def test_planned_size_of_word_pieces(word_pieces: Path) -> None:
+    def planned(**flags: Any) -> int:
+        return planned_vocab_size(TokenizerConfig(**flags))[0]
+
+    assert planned(tokenizer_type="BertWordPieceLowerCase") == 30524
+    assert planned(tokenizer_type="BertWordPieceCase", vocab_file="/no/v", vocab_extra_ids=100) == 28996 + 2 + 100
+    assert planned(tokenizer_type="BertWordPieceLowerCase", vocab_size=1000) == 1002
+    assert planned(tokenizer_type="BertWordPieceLowerCase", vocab_file=str(word_pieces)) == 21

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 import torch
 
 from tests.helpers.ranks import run_ranks
-from tests.parity.harness import Mask, Share, assemble, batches, train
-from tests.reference import gpt as oracle
-from tests.reference.gpt import GlobalBatch, OracleConfig
+from tests.parity.harness import Share, assemble, train
+from tests.parity.models import Mask, batches, oracle_of
+from tests.reference.training import GlobalBatch, Trained
+from tests.reference.transformer import TransformerConfig
 
 CLIP = 0.5
+LOSSES = ("loss", "sentence order loss")
 
 
 @dataclass(frozen=True)
@@ -53,31 +55,31 @@ With 1e-4 it stays within 3e-6, and 1e-5 can be asked of every gradient."""
 STEADY_FLAGS = ["--lr-decay-style", "constant", "--lr-warmup-iters", "0", "--adam-eps", "1e-4"]
 
 
-def initial(model: OracleConfig, std: float) -> dict[str, torch.Tensor]:
+def initial(model: TransformerConfig, std: float) -> dict[str, torch.Tensor]:
     """Random weights that fp32 holds exactly, in fp64."""
-    return {name: value.double() for name, value in oracle.random_params(model, std=std).items()}
+    return {name: value.double() for name, value in oracle_of(model).random_params(model, std=std).items()}
 
 
 @functools.lru_cache(maxsize=64)
 def reference(
-    model: OracleConfig, steps: int, mask: Mask = "uneven", optimizer: Optimizer = DEFAULT, std: float = 0.05
-) -> oracle.Trained:
+    model: TransformerConfig, steps: int, mask: Mask = "uneven", optimizer: Optimizer = DEFAULT, std: float = 0.05
+) -> Trained:
     """The oracle's run on the harness's batches."""
     return train_oracle(model, batches(model, steps, mask), optimizer, std, keep_gradients=True)
 
 
 def train_oracle(
-    model: OracleConfig,
+    model: TransformerConfig,
     global_batches: Sequence[GlobalBatch],
     optimizer: Optimizer,
     std: float,
     keep_gradients: bool = False,
-) -> oracle.Trained:
+) -> Trained:
     """The oracle's run in fp64, so that it adds no rounding of its own."""
-    return oracle.train(
+    trained: Trained = oracle_of(model).train(
         initial(model, std),
         model,
-        [(tokens, labels, keep.double()) for tokens, labels, keep in global_batches],
+        [_doubles(batch) for batch in global_batches],
         lr_at=optimizer.lr_at,
         betas=(0.9, 0.95),
         eps=optimizer.eps,
@@ -85,10 +87,16 @@ def train_oracle(
         clip_grad=CLIP,
         keep_gradients=keep_gradients,
     )
+    return trained
+
+
+def _doubles(batch: GlobalBatch) -> GlobalBatch:
+    """Masks in fp64."""
+    return tuple(part.double() if part.is_floating_point() else part for part in batch)
 
 
 def mismatches(
-    shares: Sequence[Share], expected: oracle.Trained, *, loss: float, norm: float, gradient: float
+    shares: Sequence[Share], expected: Trained, *, loss: float, norm: float, gradient: float
 ) -> list[Mismatch]:
     """Everything beyond the three tolerances, in the order of the steps.
 
@@ -96,14 +104,15 @@ def mismatches(
     to the largest element of the oracle's tensor.
     """
     out: list[Mismatch] = []
-    for step, (true_loss, true_norm) in enumerate(expected.history):
-        for what, index, true, limit in (("loss", 0, true_loss, loss), ("gradient norm", 1, true_norm, norm)):
+    for step, (*losses, true_norm) in enumerate(expected.history):
+        rows = [*zip(LOSSES, losses, (loss,) * len(losses), strict=False), ("gradient norm", true_norm, norm)]
+        for index, (what, true, limit) in enumerate(rows):
             found = torch.tensor([share.history[step][index] for share in shares], dtype=torch.float64)
             error = (found / true - 1).abs().max().item()  # NaN if any is
             out += [Mismatch(step, what, error)] if not error <= limit else []
         # Gradients are gathered after clipping; the oracle's are kept before it. Clipped by the norm that the ranks
         # found, so that a wrong norm is told as such and not as wrong gradients.
-        clip = min(1.0, CLIP / (shares[0].history[step][1] + 1e-6))
+        clip = min(1.0, CLIP / (shares[0].history[step][-1] + 1e-6))
         gathered = assemble([piece for share in shares for piece in share.gradients[step]])
         assert gathered.keys() == expected.gradients[step].keys()
         for name, true_gradient in expected.gradients[step].items():
@@ -113,7 +122,7 @@ def mismatches(
 
 
 def run_and_compare(
-    model: OracleConfig,
+    model: TransformerConfig,
     argv: Sequence[str],
     world_size: int,
     *,

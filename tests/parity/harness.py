@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 
+import pretrain_bert
 import pretrain_gpt
+import pretrain_t5
 from megatron_ds import log
 from megatron_ds.config import parse
-from megatron_ds.data.loader import GPTBatch
+from megatron_ds.data.batch import BERTBatch, GPTBatch, T5Batch
 from megatron_ds.kernels.table import Kernels
 from megatron_ds.optim.lr import lr_schedule
 from megatron_ds.parallel import context, launch
@@ -23,19 +25,19 @@ from megatron_ds.training.progress import Progress
 from megatron_ds.training.resume import checkpoint_to_load, load_checkpoint, save_checkpoint
 from megatron_ds.training.run import Recipe, Run
 from megatron_ds.training.step import train_step
-from tests.reference.gpt import GlobalBatch, OracleConfig
+from tests.parity.models import GPT2, LLAMA, STYLES, VOCAB, arguments, batches
+from tests.reference import bert, t5
+from tests.reference.training import GlobalBatch
 
-RECIPE = Recipe(pretrain_gpt.train_valid_test_datasets_provider, pretrain_gpt.model_provider, pretrain_gpt.forward_step)
-VOCAB = 131
-"""No multiple of anything: every layout pads it, and with tp=4 the last ranks hold nothing but padding."""
+__all__ = ["GPT2", "LLAMA", "RECIPE", "RECIPES", "STYLES", "VOCAB", "GlobalBatch", "arguments", "batches"]
 
-SEQ, SAMPLES = 32, 8
-"""Length of a sequence; sequences of a global batch."""
+ModelType = Literal["GPT", "BERT", "T5"]
+RECIPES = {
+    name: Recipe(script.train_valid_test_datasets_provider, script.model_provider, script.forward_step)
+    for name, script in {"GPT": pretrain_gpt, "BERT": pretrain_bert, "T5": pretrain_t5}.items()
+}
+RECIPE = RECIPES["GPT"]
 
-MICRO = 2
-"""Samples of a micro-batch, unless a layout asks for something else."""
-
-Mask = Literal["full", "holes", "uneven"]
 Placed = tuple[str, tuple[int, ...], tuple[slice, ...], torch.Tensor]
 """Name and shape of a global tensor, a place in it, and the values there."""
 
@@ -44,79 +46,71 @@ Placed = tuple[str, tuple[int, ...], tuple[slice, ...], torch.Tensor]
 class Share:
     """What one rank of a run saw: the same losses and norms on every rank, its own pieces of gradients and weights."""
 
-    history: list[tuple[float, float]] = field(default_factory=list)
+    history: list[tuple[float, ...]] = field(default_factory=list)
+    """Of every step the losses, then the norm."""
     gradients: list[list[Placed]] = field(default_factory=list)
     """Of every step, after clipping."""
     params: list[Placed] = field(default_factory=list)
     skipped: list[bool] = field(default_factory=list)
 
 
-GPT2 = OracleConfig(num_layers=4, hidden=64, heads=8, kv_heads=8, ffn=256, vocab=VOCAB, max_positions=32)
-LLAMA = OracleConfig(
-    num_layers=4,
-    hidden=64,
-    heads=8,
-    kv_heads=4,
-    ffn=96,
-    vocab=VOCAB,
-    max_positions=32,
-    norm="rmsnorm",
-    swiglu=True,
-    bias=False,
-    qkv_bias=False,
-    positions="rope",
-    tied=False,
-)
-STYLES = {"gpt2": GPT2, "llama": LLAMA}
+def gpt_micro_batch(tokens: torch.Tensor, *rest: torch.Tensor) -> GPTBatch:
+    """labels, loss mask, and for packed documents positions and which document a token is of."""
+    packing = rest[2:] or (torch.arange(tokens.shape[1]).expand_as(tokens), None)
+    return GPTBatch(tokens, *rest[:2], *packing)
 
 
-def arguments(model: OracleConfig, *layout: str) -> list[str]:
-    """The command line that asks for the oracle's model and optimizer; of a flag given twice the later one counts."""
-    words = f"""--num-layers {model.num_layers} --hidden-size {model.hidden} --num-attention-heads {model.heads}
-        --num-key-value-heads {model.kv_heads} --ffn-hidden-size {model.ffn} --seq-length {SEQ}
-        --max-position-embeddings {model.max_positions}
-        --position-embedding-type {"rope" if model.positions == "rope" else "absolute"}
-        --rotary-percent {model.rotary_percent}
-        --normalization {"RMSNorm" if model.norm == "rmsnorm" else "LayerNorm"}
-        --hidden-dropout 0 --attention-dropout 0 --micro-batch-size {MICRO} --global-batch-size {SAMPLES}
-        --train-iters 40 --lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-warmup-iters 4 --weight-decay 0.1
-        --clip-grad 0.5 --adam-beta2 0.95 --reduce-bucket-size 20000 --tokenizer-type NullTokenizer
-        --vocab-size {model.vocab - 1} --mock-data --device cpu"""
-    switches = ["--swiglu"] * model.swiglu + ["--disable-bias-linear"] * (not model.bias)
-    return [*words.split(), *switches, *["--untie-embeddings-and-output-weights"] * (not model.tied), *layout]
+def bert_micro_batch(*parts: torch.Tensor) -> BERTBatch:
+    """Padding is a document of its own; every sample's order is asked."""
+    whole = bert.GlobalBatch(*parts)
+    positions = torch.arange(whole.tokens.shape[1]).expand_as(whole.tokens)
+    return BERTBatch(
+        tokens=whole.tokens,
+        token_types=whole.token_types,
+        labels=whole.labels.clamp(min=0),
+        loss_mask=whole.loss_mask,
+        documents=(~whole.real).long(),
+        is_random=whole.is_random,
+        position_ids=positions,
+        order_mask=torch.ones(len(positions)),
+    )
 
 
-def batches(model: OracleConfig, steps: int, mask: Mask = "uneven") -> list[GlobalBatch]:
-    """Global batches of random tokens.
-
-    mask: full; holes, as many in every sequence; uneven: every sample has another number of target tokens and the
-    third and fourth have none, so that there is a micro-batch without any.
-    """
-    generator = torch.Generator().manual_seed(7)
-    out = []
-    for _ in range(steps):
-        text = torch.randint(0, model.vocab, (SAMPLES, SEQ + 1), generator=generator)
-        keep = torch.ones(SAMPLES, SEQ)
-        if mask == "uneven":
-            kept = torch.randint(1, SEQ, (SAMPLES, 1), generator=generator)
-            kept[2:4] = 0
-            keep = (torch.arange(SEQ) < kept).float()
-        elif mask == "holes":
-            keep = (torch.rand(SAMPLES, SEQ, generator=generator).argsort(1) < SEQ * 3 // 4).float()
-        out.append((text[:, :-1], text[:, 1:], keep))
-    return out
+def t5_micro_batch(*parts: torch.Tensor) -> T5Batch:
+    """Padding of the encoder is a document of its own; that of the decoder follows what counts, which cannot see it."""
+    whole = t5.GlobalBatch(*parts)
+    return T5Batch(
+        encoder_tokens=whole.encoder_tokens,
+        decoder_tokens=whole.decoder_tokens,
+        labels=whole.labels.clamp(min=0),
+        loss_mask=whole.loss_mask,
+        encoder_documents=(~whole.real).long(),
+    )
 
 
-def start(argv: Sequence[str]) -> Engine:
+MICRO_BATCHES: dict[str, Callable[..., Any]] = {
+    "GPT": gpt_micro_batch,
+    "BERT": bert_micro_batch,
+    "T5": t5_micro_batch,
+}
+
+
+def model_type_of(global_batches: Sequence[GlobalBatch]) -> ModelType:
+    """Whose batches these are; a GPT's if there are none."""
+    kinds: dict[type, ModelType] = {bert.GlobalBatch: "BERT", t5.GlobalBatch: "T5"}
+    return kinds.get(type(global_batches[0]), "GPT") if global_batches else "GPT"
+
+
+def start(argv: Sequence[str], model_type: ModelType = "GPT") -> Engine:
     """Join the other ranks and build this rank's engine."""
     launch.adopt_environment()
-    config = parse(argv)
+    config = parse(argv, {"model_type": model_type})
     assert config.tokenizer.vocab_size
     plan = make_plan(config, log.world_size(), config.tokenizer.vocab_size + 1)
     device = torch.device("cpu")
     parallel = context.start(config.parallel, plan.sizes, device)
     streams = DropoutStreams(config.training.seed)
-    return build_engine(Run(config, plan, parallel, Kernels(), device, None, streams), RECIPE)
+    return build_engine(Run(config, plan, parallel, Kernels(), device, None, streams), RECIPES[model_type])
 
 
 def set_weights(engine: Engine, params: dict[str, torch.Tensor]) -> None:
@@ -148,13 +142,14 @@ def steps(
     plan, training, dp = run.plan, run.config.training, run.parallel.dp
     schedule = lr_schedule(run.config.lr, run.config.optimizer, None, plan.global_batch_size, training.train_iters)
     size = plan.micro_batch_size
-    for tokens, labels, mask in global_batches:
-        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-        starts = [(i * dp.size + dp.rank) * size for i in range(len(tokens) // size // dp.size)]
-        micro = [GPTBatch(*(t[r : r + size] for t in (tokens, labels, mask, positions))) for r in starts]
+    make = MICRO_BATCHES[run.config.model.model_type]
+    for whole in global_batches:
+        samples = len(whole[0])
+        starts = [(i * dp.size + dp.rank) * size for i in range(samples // size // dp.size)]
+        micro = [make(*(t[r : r + size] for t in whole)) for r in starts]
         result = train_step(engine, schedule, progress, iter(micro), Timers(), stop=False, out_of_time=False)
-        progress = progress.after_step(len(tokens), result.skipped, result.next_loss_scale)
-        share.history.append((result.loss, result.grad_norm))
+        progress = progress.after_step(samples, result.skipped, result.next_loss_scale)
+        share.history.append((*result.losses.values(), result.grad_norm))
         share.skipped.append(result.skipped)
         if keep_gradients:
             share.gradients.append(placed(engine, "grad"))
@@ -173,7 +168,7 @@ def placed(engine: Engine, what: Literal["grad", "master"]) -> list[Placed]:
 
 def train(argv: Sequence[str], params: dict[str, torch.Tensor], global_batches: Sequence[GlobalBatch]) -> Share:
     """Run on every rank of `run_ranks`: train from the given weights."""
-    engine = start(argv)
+    engine = start(argv, model_type_of(global_batches))
     set_weights(engine, params)
     _, share = steps(engine, fresh(engine), global_batches, keep_gradients=True)
     share.params = placed(engine, "master")
@@ -185,7 +180,7 @@ def train_without_gradients(
     argv: Sequence[str], params: dict[str, torch.Tensor], global_batches: Sequence[GlobalBatch]
 ) -> Share:
     """Run on every rank: the same for many steps."""
-    engine = start(argv)
+    engine = start(argv, model_type_of(global_batches))
     set_weights(engine, params)
     _, share = steps(engine, fresh(engine), global_batches)
     context.stop()
@@ -194,7 +189,7 @@ def train_without_gradients(
 
 def train_and_save(argv: Sequence[str], params: dict[str, torch.Tensor], global_batches: Sequence[GlobalBatch]) -> Any:
     """Run on every rank: train from the given weights, save at the end."""
-    engine = start(argv)
+    engine = start(argv, model_type_of(global_batches))
     set_weights(engine, params)
     progress, share = steps(engine, fresh(engine), global_batches)
     save_checkpoint(engine, progress)
@@ -204,7 +199,7 @@ def train_and_save(argv: Sequence[str], params: dict[str, torch.Tensor], global_
 
 def resume(argv: Sequence[str], global_batches: Sequence[GlobalBatch]) -> Any:
     """Run on every rank: load what --load says, train on."""
-    engine = start(argv)
+    engine = start(argv, model_type_of(global_batches))
     index = checkpoint_to_load(engine.run.config)
     assert index is not None
     progress = load_checkpoint(engine, index)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from tests.parity.harness import SAMPLES, Mask
+from tests.parity.models import SAMPLES, Mask
 from tests.reference.gpt import OracleConfig
 
 
@@ -34,16 +34,6 @@ class Layout(NamedTuple):
     overlap: str
 
     @property
-    def cp_size(self) -> int:
-        """Ranks that share a sequence."""
-        return int(self.cp[-1])
-
-    @property
-    def world_size(self) -> int:
-        """Ranks in all."""
-        return int(self.tp) * self.cp_size * int(self.pp) * int(self.dp)
-
-    @property
     def model(self) -> OracleConfig:
         """A tiny model; two virtual stages on four ranks need eight layers, 1 + 3 x 2 are uneven."""
         layers = 4
@@ -57,7 +47,8 @@ class Layout(NamedTuple):
         if self.positions == "learned":
             return gpt2
         return OracleConfig(
-            **gpt2.__dict__ | {"norm": "rmsnorm", "swiglu": True, "bias": False, "qkv_bias": False, "positions": "rope"}
+            **gpt2.__dict__
+            | {"norm": "rmsnorm", "activation": "swiglu", "bias": False, "qkv_bias": False, "positions": "rope"}
         )
 
     @classmethod
@@ -67,20 +58,57 @@ class Layout(NamedTuple):
 
     def flags(self) -> list[str]:
         """What asks for this layout on the command line."""
-        interleaved = self.schedule == "interleaved"
-        # Interleaving goes through the micro-batches in groups of pp.
-        micro = 1 if interleaved and SAMPLES // 2 // int(self.dp) < int(self.pp) else 2
-        words = f"""--tensor-model-parallel-size {self.tp} --pipeline-model-parallel-size {self.pp}
-            --pipeline-schedule {self.schedule} --zero-stage {self.zero} --micro-batch-size {micro}
-            --make-vocab-size-divisible-by {32 if self.vocab == "exact" else 64} --reduce-bucket-size 5000
-            {"--sequence-parallel" if self.sp == "sp" else ""} {CP[self.cp[:-1]].format(self.cp_size)}
-            {"--num-virtual-stages-per-pipeline-rank 2" if interleaved else ""}
-            {RECOMPUTE[self.recompute]} {STAGES[self.stages]} {OVERLAP[self.overlap]}"""
-        return words.split()
+        return axes_flags(self) + f"{STAGES[self.stages]} {OVERLAP[self.overlap]}".split()
 
     def __str__(self) -> str:
         words = [f"tp{self.tp}", self.sp, self.cp, f"pp{self.pp}", self.schedule, f"dp{self.dp}", f"zero{self.zero}"]
         return "-".join(word for word in (*words, *self[7:]) if word != "-")
+
+
+class Axes(Protocol):
+    """What every table says of a layout."""
+
+    @property
+    def tp(self) -> str: ...
+    @property
+    def sp(self) -> str: ...
+    @property
+    def cp(self) -> str: ...
+    @property
+    def pp(self) -> str: ...
+    @property
+    def schedule(self) -> str: ...
+    @property
+    def dp(self) -> str: ...
+    @property
+    def zero(self) -> str: ...
+    @property
+    def recompute(self) -> str: ...
+    @property
+    def vocab(self) -> str: ...
+
+
+def cp_size(x: Axes) -> int:
+    """Ranks that share a sequence."""
+    return int(x.cp[-1])
+
+
+def world_size(x: Axes) -> int:
+    """Ranks in all."""
+    return int(x.tp) * cp_size(x) * int(x.pp) * int(x.dp)
+
+
+def axes_flags(x: Axes) -> list[str]:
+    """What asks for the axes on the command line."""
+    interleaved = x.schedule == "interleaved"
+    # Interleaving goes through the micro-batches in groups of pp.
+    micro = 1 if interleaved and SAMPLES // 2 // int(x.dp) < int(x.pp) else 2
+    words = f"""--tensor-model-parallel-size {x.tp} --pipeline-model-parallel-size {x.pp}
+        --pipeline-schedule {x.schedule} --zero-stage {x.zero} --micro-batch-size {micro}
+        --make-vocab-size-divisible-by {32 if x.vocab == "exact" else 64} --reduce-bucket-size 5000
+        {"--sequence-parallel" if x.sp == "sp" else ""} {CP[x.cp[:-1]].format(cp_size(x))}
+        {"--num-virtual-stages-per-pipeline-rank 2" if interleaved else ""} {RECOMPUTE[x.recompute]}"""
+    return words.split()
 
 
 CP = {"": "", "ring": "--context-parallel-size {}", "a2a": "--ds-sequence-parallel-size {}"}
@@ -119,14 +147,14 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 def is_possible(x: Layout) -> bool:
     """True for a layout that the package accepts, on eight ranks at most."""
     return (
-        x.world_size <= 8
+        world_size(x) <= 8
         and (x.sp == "-" or x.tp != "1")
         and (x.schedule != "interleaved" or x.pp != "1")
         and (x.recompute != "spread" or (x.tp != "1" and x.sp == "-"))
         and (x.stages == "-" or (x.pp != "1" and x.schedule != "interleaved"))
         and (x.overlap != "gather" or x.zero != "0")
         and not (x.cp.startswith("a2a") and x.sp == "sp")
-        and not (x.cp.startswith("a2a") and x.heads == "gqa" and int(x.tp) * x.cp_size > 4)
+        and not (x.cp.startswith("a2a") and x.heads == "gqa" and int(x.tp) * cp_size(x) > 4)
     )
 
 

@@ -16,7 +16,7 @@ from megatron_ds.parallel.context import Axis, Sharding
 from megatron_ds.training import step
 from tests.parity import harness
 from tests.parity.harness import RECIPE, Share, train
-from tests.reference.gpt import GlobalBatch
+from tests.reference.training import GlobalBatch
 
 
 def row_without_all_reduce() -> None:
@@ -36,7 +36,7 @@ def wrong_count() -> None:
         losses, loss = pretrain_gpt.forward_step(batch, model, upstream)
         return losses, lambda x: (loss(x)[0], torch.tensor(float(batch.loss_mask.numel())))
 
-    harness.RECIPE = RECIPE._replace(forward_step=forward_step)
+    harness.RECIPES["GPT"] = RECIPE._replace(forward_step=forward_step)
 
 
 def norm_counted_tp_times() -> None:

@@ -10,7 +10,8 @@ import torch
 from tests.helpers.ranks import run_ranks
 from tests.parity.compare import DEFAULT, STEADY, STEADY_FLAGS, Optimizer, initial, run_and_compare, train_oracle
 from tests.parity.harness import GPT2, LLAMA, STYLES, arguments, batches, train_without_gradients
-from tests.reference.gpt import GlobalBatch, OracleConfig
+from tests.reference.gpt import OracleConfig
+from tests.reference.training import GlobalBatch
 
 LAYOUTS = {
     1: "",

@@ -8,7 +8,7 @@ import pytest
 
 from tests.parity.compare import STEADY, STEADY_FLAGS, run_and_compare
 from tests.parity.harness import arguments
-from tests.parity.layouts import LAYOUTS, OPTIONS, TABLE, Layout, is_possible, pairs
+from tests.parity.layouts import LAYOUTS, OPTIONS, TABLE, Layout, is_possible, pairs, world_size
 
 IMPOSSIBLE = {
     *itertools.product([("tp", "4")], [("cp", "ring4"), ("cp", "a2a4"), ("pp", "4")]),
@@ -25,7 +25,9 @@ IMPOSSIBLE = {
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_five_steps_equal_the_oracle(layout: Layout) -> None:
     argv = arguments(layout.model, *layout.flags(), *STEADY_FLAGS)
-    found = run_and_compare(layout.model, argv, layout.world_size, steps=5, mask=layout.mask, optimizer=STEADY, std=0.1)
+    found = run_and_compare(
+        layout.model, argv, world_size(layout), steps=5, mask=layout.mask, optimizer=STEADY, std=0.1
+    )
     assert not found, "\n".join(map(str, found))
 
 

@@ -16,7 +16,15 @@ from tests.reference.gpt import OracleConfig
 
 GPT2 = OracleConfig(num_layers=2, hidden=12, heads=3, kv_heads=3, ffn=20, vocab=17, max_positions=9)
 LLAMA = replace(
-    GPT2, hidden=24, kv_heads=1, norm="rmsnorm", swiglu=True, bias=False, qkv_bias=False, positions="rope", tied=False
+    GPT2,
+    hidden=24,
+    kv_heads=1,
+    norm="rmsnorm",
+    activation="swiglu",
+    bias=False,
+    qkv_bias=False,
+    positions="rope",
+    tied=False,
 )
 MIXED = replace(LLAMA, heads=4, kv_heads=2, hidden=32, qkv_bias=True, rotary_percent=0.5, rotary_base=500.0, tied=True)
 STYLES = pytest.mark.parametrize("c", [GPT2, LLAMA, MIXED], ids=["gpt2", "llama", "mixed"])

@@ -10,7 +10,7 @@ from tests.helpers.ranks import run_ranks
 from tests.parity import plants
 from tests.parity.compare import STEADY, STEADY_FLAGS, initial, mismatches, reference
 from tests.parity.harness import arguments, batches
-from tests.parity.layouts import Layout
+from tests.parity.layouts import Layout, world_size
 from tests.parity.plants import train_with
 
 NORM, MATRIX = "gradient of layers.3.input_layernorm.weight", "gradient of layers.3.mlp.linear_fc2.weight"
@@ -49,7 +49,7 @@ def test_a_planted_bug_is_named(plant: Callable[[], None]) -> None:
     layout = Layout.parse(line)
     argv = arguments(layout.model, *layout.flags(), *STEADY_FLAGS)
     params = {name: value.float() for name, value in initial(layout.model, 0.1).items()}
-    shares = run_ranks(train_with, layout.world_size, plant, argv, params, batches(layout.model, 2, layout.mask))
+    shares = run_ranks(train_with, world_size(layout), plant, argv, params, batches(layout.model, 2, layout.mask))
     expected = reference(layout.model, 2, layout.mask, STEADY, 0.1)
     found = mismatches(shares, expected, loss=1e-5, norm=1e-5, gradient=1e-5)
     at_first = {mismatch.quantity for mismatch in found if mismatch.step == 0}

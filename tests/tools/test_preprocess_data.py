@@ -12,9 +12,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_ds.data import preprocess
+from megatron_ds.data.bpe_ranks import byte_alphabet
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.sidecar import read_sidecar
 from tests.data.pairs import write_pair
@@ -57,6 +59,69 @@ def test_without_append_eod(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "a.jsonl", ["5 6 7", "8"])
     assert run("--input", source, "--output-prefix", str(tmp_path / "out")) == 0
     assert sequences(tmp_path / "out_text_document") == [[5, 6, 7], [8]]
+
+
+WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] . ! the dog ##s cat"
+
+
+def run_words(folder: Path, name: str, *argv: str) -> Path:
+    """Preprocess folder/a.jsonl with a WordPiece in which [SEP] is 3."""
+    (folder / "vocab.txt").write_text("\n".join(WORDS.split()) + "\n")
+    tokenizer = ["--tokenizer-type", "BertWordPieceLowerCase", "--vocab-file", str(folder / "vocab.txt")]
+    flags = ["--input", str(folder / "a.jsonl"), "--output-prefix", str(folder / name), *argv, *tokenizer]
+    assert preprocess_data.main(flags) == 0
+    return folder / f"{name}_text_sentence"
+
+
+def test_sentences_by_hand(tmp_path: Path) -> None:
+    """One text, one that is split already, one of nothing, one whose middle and last sentences tokenize to nothing."""
+    split_already = ["The dogs. The cat", "\u200b", "cat!"]
+    empty_ones = "The dog!\n\n\u200b\n\nCat.\n\n\u200b"
+    write_lines(tmp_path / "a.jsonl", ["The dog. The\ncats! The", split_already, " \n ", empty_ones])
+    prefix = run_words(tmp_path, "out", "--split-sentences", "--append-eod", "--lang", "english")
+    index = prefix.with_suffix(".idx").read_bytes()
+    # 7 sentences, bounds of 4 documents; lengths count the [SEP] that ends a document
+    assert struct.unpack("<QBQQ", index[9:34]) == (1, 8, 7, 5)
+    lengths = np.frombuffer(index, "<i4", 7, 34)
+    offsets = np.frombuffer(index, "<i8", 7, 34 + 28)
+    documents = np.frombuffer(index, "<i8", 5, 34 + 28 + 56)
+    assert lengths.tolist() == [3, 4, 2, 6, 3, 3, 3] and documents.tolist() == [0, 3, 5, 5, 7]
+    assert offsets.tolist() == [0, 6, 14, 18, 30, 36, 42] and len(index) == 34 + 28 + 56 + 40
+    tokens = np.fromfile(prefix.with_suffix(".bin"), "<u2").tolist()
+    the, dog, cat, plural, end, bang, stop = 7, 8, 10, 9, 5, 6, 3
+    assert tokens == [
+        *(the, dog, end), *(the, cat, plural, bang), *(the, stop),
+        *(the, dog, plural, end, the, cat), *(cat, bang, stop),
+        *(the, dog, bang), *(cat, end, stop),
+    ]  # fmt: skip
+    assert (sidecar := read_sidecar(str(prefix))) is not None and (sidecar.eod, sidecar.sequences) == (3, 7)
+
+
+def test_sentences_with_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preprocess, "_BLOCK_BYTES", 200)
+    write_lines(tmp_path / "a.jsonl", ["The dog. " * (i % 5) + "A cat! " * (i % 3) for i in range(100)])
+    one = run_words(tmp_path, "one", "--split-sentences", "--append-eod")
+    two = run_words(tmp_path, "two", "--split-sentences", "--append-eod", "--workers", "2")
+    assert len(sequences(one)) == sum(i % 5 + i % 3 for i in range(100))
+    for ending in (".bin", ".idx", ".json"):
+        assert one.with_suffix(ending).read_bytes() == two.with_suffix(ending).read_bytes()
+
+
+def test_line_breaks_are_kept_for_tokenizers_that_see_them(tmp_path: Path, bpe_files: list[str]) -> None:
+    write_lines(tmp_path / "a.jsonl", ["a\nb.\nC"])
+    for flags, wanted in (([], ["a b.", "C"]), (["--keep-newlines"], ["a\nb.\n", "C"])):
+        argv = ["--input", str(tmp_path / "a.jsonl"), "--output-prefix", str(tmp_path / "out"), "--split-sentences"]
+        assert preprocess_data.main([*argv, *flags, *bpe_files]) == 0
+        assert [bytes(ids).decode() for ids in sequences(tmp_path / "out_text_sentence")] == wanted
+
+
+@pytest.fixture
+def bpe_files(tmp_path: Path) -> list[str]:
+    """A BPE of bytes alone, each with its own value as id."""
+    vocab = byte_alphabet() | {"<|endoftext|>": 256}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    return ["--vocab-file", str(tmp_path / "vocab.json"), "--merge-file", str(tmp_path / "merges.txt")]
 
 
 def test_several_keys_files_and_gz(tmp_path: Path) -> None:
@@ -123,13 +188,13 @@ def test_id_beyond_the_vocabulary_names_the_line(tmp_path: Path, capsys: pytest.
         (["--input", "/no/such"], 3, "--input /no/such"),
         (["--output-prefix", "x"], 2, "--input"),
         (["--input", __file__], 2, "--output-prefix"),
-        (["--split-sentences"], 2, "--split-sentences"),
+        (["--split-sentences", "--lang", "german"], 2, "--lang"),
         (["--append-oed"], 2, "--append-eod"),
     ],
 )
 def test_wrong_flags(capsys: pytest.CaptureFixture[str], flags: list[str], code: int, said: str) -> None:
-    if len(flags) == 2 and flags[1] == "/no/such":
-        flags = [*flags, "--output-prefix", "/tmp/never"]
+    if flags[1:] == ["/no/such"] or "--lang" in flags:
+        flags = ["--input", __file__, *flags, "--output-prefix", "/tmp/never"]
     assert run(*flags) == code and said in capsys.readouterr().err
 
 
