@@ -125,7 +125,7 @@ class OurStep:
 
     def step(self, batch: tuple[Any, Any]) -> float:
         """One step on a global batch."""
-        from megatron_ds.data.loader import GPTBatch
+        from megatron_ds.data.batch import GPTBatch
         from megatron_ds.timers import Timers
         from megatron_ds.training.step import train_step
 
@@ -135,7 +135,7 @@ class OurStep:
         result = train_step(self.engine, self.schedule, self.progress, batches, Timers(), stop=False, out_of_time=False)
         self.progress = self.progress.after_step(len(batch[0]), result.skipped, result.next_loss_scale)
         self.grad_norm = result.grad_norm
-        return result.loss
+        return result.losses["lm loss"]
 
 
 def _peer_name(name: str) -> str:

@@ -53,7 +53,7 @@ class OurStep:
         from megatron_ds.parallel.rng import DropoutStreams
         from megatron_ds.plan import make_plan
         from megatron_ds.training.engine import build_engine
-        from megatron_ds.training.flops import train_flops_per_token
+        from megatron_ds.training.flops import train_flops_per_sample
         from megatron_ds.training.progress import Progress
         from megatron_ds.training.run import Recipe, Run
 
@@ -67,7 +67,7 @@ class OurStep:
         )
         self.engine = build_engine(run, recipe)
         self.engine.initialise()
-        self.flops_per_token = train_flops_per_token(run, recipe)
+        self.flops_per_token = train_flops_per_sample(run, recipe) // run.plan.seq_length
         self.schedule = lr_schedule(config.lr, config.optimizer, None, plan.global_batch_size, 1000)
         self.progress, self.micro = Progress(), workload.micro
         self.positions = torch.arange(workload.seq, device=self.device).expand(workload.micro, -1)
@@ -75,7 +75,7 @@ class OurStep:
 
     def step(self, batch: tuple[Any, Any]) -> float:
         """One step on a global batch of tokens and labels."""
-        from megatron_ds.data.loader import GPTBatch
+        from megatron_ds.data.batch import GPTBatch
         from megatron_ds.timers import Timers
         from megatron_ds.training.step import train_step
 
@@ -84,7 +84,7 @@ class OurStep:
         result = train_step(self.engine, self.schedule, self.progress, batches, Timers(), stop=False, out_of_time=False)
         self.progress = self.progress.after_step(len(batch[0]), result.skipped, result.next_loss_scale)
         self.grad_norm = result.grad_norm
-        return result.loss
+        return result.losses["lm loss"]
 
 
 def _arguments(w: Workload, dtype: str, device: str) -> list[str]:

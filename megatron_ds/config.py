@@ -149,6 +149,9 @@ def differences(before: Config, after: Config) -> list[str]:
 FILES = ("vocab_file", "merge_file", "tokenizer_model")
 """Of the tokenizer; a path that is typed says where the file lies now, whatever the checkpoint remembers."""
 
+NOT_STORED = ("attention_dropout", "hidden_dropout", "init_method_std")
+"""Of the model; what the flags say of these holds whatever the checkpoint was trained with."""
+
 
 def with_checkpoint_model(config: Config, state: Mapping[str, Any]) -> Config:
     """The model and tokenizer of a checkpoint, given its state, in place of what the flags say (--use-checkpoint-args).
@@ -173,6 +176,8 @@ def with_checkpoint_model(config: Config, state: Mapping[str, Any]) -> Config:
             f"a checkpoint of {config.model.model_type}",
             f"pretrain_{model.model_type.lower()}.py",
         )
+    kept_model = {name: getattr(config.model, name) for name in NOT_STORED}
+    model = dataclasses.replace(model, **kept_model)
     kept = {field for field in FILES if f"tokenizer.{field}" in config.typed} | {"make_vocab_size_divisible_by"}
     taken = {field: value for field, value in stored.items() if field not in kept and value is not None}
     tokenizer = dataclasses.replace(config.tokenizer, **taken)

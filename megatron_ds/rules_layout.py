@@ -76,9 +76,10 @@ def fitting_heads(config: Config) -> str:
     unit = config.parallel.tensor_model_parallel_size * config.parallel.ds_sequence_parallel_size
     free = model.kv_channels is not None
     candidates = range(unit, max(hidden, 2 * wanted) + 1, unit) if free else divisors(hidden)
-    for heads in sorted(candidates, key=lambda heads: (abs(heads - wanted), heads)):
+    shareable = (heads for heads in candidates if heads % unit == 0)
+    for heads in sorted(shareable, key=lambda heads: (abs(heads - wanted), heads)):
         other = dataclasses.replace(model, num_attention_heads=heads)
-        shared = heads % unit == 0 and heads % other.kv_heads == 0 and other.kv_heads % unit == 0
+        shared = heads % other.kv_heads == 0 and other.kv_heads % unit == 0
         if shared and not (model.uses_rope and other.rotated % 2):
             return f"--num-attention-heads {heads}"
     return ""

@@ -18,9 +18,7 @@ READERS: Mapping[str, tuple[str, ...]] = {
     "model.window_size": ("GPT",),
     "model.apply_residual_connection_post_layernorm": ("GPT", "BERT"),
     "model.use_parallel_residual": ("GPT",),
-    "model.embed_layernorm": ("GPT", "BERT"),
     "model.qk_layernorm": ("GPT", "BERT"),
-    "model.untie_embeddings_and_output_weights": ("GPT", "T5"),
     "model.lm_head_bias": ("BERT", "T5"),
     "model.scale_decoder_outputs": ("T5",),
     "model.bert_binary_head": ("BERT",),
@@ -43,7 +41,7 @@ READERS: Mapping[str, tuple[str, ...]] = {
 POSITIONS: Mapping[str, tuple[str, ...]] = {
     "GPT": ("learned_absolute", "rope", "alibi", "none"),
     "BERT": ("learned_absolute", "rope"),
-    "T5": ("learned_absolute", "relative"),
+    "T5": ("learned_absolute", "relative", "rope"),
 }
 
 
@@ -299,6 +297,7 @@ def beyond_the_ring(config: Config) -> list[str]:
         f"a {model.model_type} model": model.model_type != "GPT",
         "--position-embedding-type alibi": model.positions == "alibi",
         "--window-size": model.window_size is not None,
+        "--softmax-scale": model.softmax_scale is not None,
         "--reset-attention-mask": config.data.reset_attention_mask,
     }
     return [what for what, given in asked.items() if given]

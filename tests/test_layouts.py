@@ -56,9 +56,13 @@ def random_model(draw: random.Random) -> dict[str, Value]:
         flags |= {"decoder_num_layers": draw.choice([None, 2, 9]), "num_key_value_heads": None}
         flags |= {"pp_partition_method": None, "decoder_first_pipeline_num_layers": None}
         return flags | {"pipeline_model_parallel_split_rank": draw.choice([None, None, 1, 2])}
-    if kind == "BERT":
-        return {"model_type": "BERT"}
-    return {"GPT": {}, "alibi": {"position_embedding_type": "alibi"}, "window": {"window_size": 7}}[kind]
+    others: dict[str, dict[str, Value]] = {
+        "GPT": {},
+        "alibi": {"position_embedding_type": "alibi"},
+        "window": {"window_size": 7},
+        "BERT": {"model_type": "BERT"},
+    }
+    return others[kind]
 
 
 def random_case(draw: random.Random) -> tuple[int, dict[str, Value]]:
@@ -97,32 +101,31 @@ def random_case(draw: random.Random) -> tuple[int, dict[str, Value]]:
 LAYOUT_FLAGS = {
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "ds_sequence_parallel_size",
     "sequence_parallel", "num_virtual_stages_per_pipeline_rank", "num_layers_per_virtual_pipeline_stage",
-    "pipeline_model_parallel_split_rank",
 }  # fmt: skip
 
 
 def test_whatever_is_proposed_is_legal() -> None:
     draw, broken, layouts, others = random.Random(1), 0, 0, 0
-    for _ in range(300):
+    for _ in range(200):
         world_size, flags = random_case(draw)
         found = errors(world_size, flags)
         broken += bool(found)
         for error in found:
             for changes, ranks in ways_out(error.fix, world_size):
                 left = errors(ranks, flags | changes)
-                if changes.keys() & LAYOUT_FLAGS or not changes:
+                if changes.keys() & LAYOUT_FLAGS or not changes or None in changes.values():
                     layouts += 1
                     assert not left, (world_size, flags, changes)
                 else:
                     others += 1
                     told = {(each.subject, each.expected) for each in left}
                     assert (error.subject, error.expected) not in told, (world_size, flags, changes)
-    assert (broken > 200, layouts > 400, others > 150) == (True, True, True), (broken, layouts, others)
+    assert (broken > 140, layouts > 250, others > 100) == (True, True, True), (broken, layouts, others)
 
 
 def test_every_impossible_layout_has_a_way_out() -> None:
     draw = random.Random(2)
-    for _ in range(200):
+    for _ in range(150):
         world_size, flags = random_case(draw)
         assert not [error for error in errors(world_size, flags) if not error.fix], (world_size, flags)
 

@@ -135,6 +135,8 @@ RULES: dict[str, Rule] = {
                         {"ds_sequence_parallel_size": 2, "window_size": 5}),
     "ring and documents": (2, {"context_parallel_size": 2, "reset_attention_mask": True}, "--context-parallel-size",
                            {"ds_sequence_parallel_size": 2, "reset_attention_mask": True}),
+    "ring and scale": (2, {"context_parallel_size": 2, "softmax_scale": 1}, "--context-parallel-size",
+                       {"ds_sequence_parallel_size": 2, "softmax_scale": 1}),
     "layers of another model": (1, {"encoder_num_layers": 2}, "--encoder-num-layers", {}),
     "masking of another model": (1, {"mask_prob": 0.2}, "--mask-prob", {"mask_prob": 0.15}),
     "head of another model": (1, {"bert_no_binary_head": True}, "--bert-no-binary-head", {}),
@@ -374,7 +376,8 @@ BERT_RULES: dict[str, Rule] = {
     "parallel residual": (1, {"use_parallel_residual": True}, "--use-parallel-residual",
                           {"apply_residual_connection_post_layernorm": True}),
     "window": (1, {"window_size": 3}, "--window-size", {}),
-    "untied": (1, {"untie_embeddings_and_output_weights": True}, "--untie", {"no_lm_head_bias": True}),
+    "scaled": (1, {"scale_decoder_outputs": True}, "--scale-decoder-outputs",
+               {"no_lm_head_bias": True, "untie_embeddings_and_output_weights": True}),
     "position type": (1, {"position_embedding_type": "alibi"}, "--position-embedding-type",
                       {"position_embedding_type": "rope"}),
     "ring": (2, {"context_parallel_size": 2}, "--context-parallel-size", {"ds_sequence_parallel_size": 2}),
@@ -461,10 +464,12 @@ T5_RULES: dict[str, Rule] = {
         {"recompute_num_layers": 24, "checkpoint_activations": True},
     ),
 }  # fmt: skip
+
+BERT: dict[str, Value] = {"model_type": "BERT"}
 T5: dict[str, Value] = {"model_type": "T5", "decoder_seq_length": 128}
 ALL_RULES: dict[str, Rule] = RULES | {
     f"{kind} {name}": (ranks, base | broken, subject, base | legal)
-    for kind, base, rules in (("BERT:", {"model_type": "BERT"}, BERT_RULES), ("T5:", T5, T5_RULES))
+    for kind, base, rules in (("BERT:", BERT, BERT_RULES), ("T5:", T5, T5_RULES))
     for name, (ranks, broken, subject, legal) in rules.items()
 }
 

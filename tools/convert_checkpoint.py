@@ -4,18 +4,16 @@
     tools/convert_checkpoint.py --model-type GPT --loader hf --saver megatron_ds --load-dir Llama-3-8B --save-dir llama
     tools/convert_checkpoint.py --model-type GPT --loader megatron_ds --saver hf --load-dir runs/gpt --save-dir export
 
-Both sides then run on the same prompts in fp32; the largest difference of two logits is printed, and above 1e-4 nothing is
-kept. In full: docs/conversion.md.
+Both sides then run on the same prompts in fp32; the largest difference of two logits is printed, and above 1e-4 nothing
+is kept. In full: docs/conversion.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from megatron_ds import log
@@ -23,9 +21,10 @@ from megatron_ds.convert.homes import find_home, folded
 from megatron_ds.convert.hub import load_hf, save_hf
 from megatron_ds.convert.megatron import load_megatron
 from megatron_ds.convert.native import load_native, save_native
-from megatron_ds.convert.proof import TOLERANCE, difference
+from megatron_ds.convert.proof import TOLERANCE, difference, same_ids
 from megatron_ds.convert.tokenizer_files import keep, write_out
 from megatron_ds.convert.weights import Weights
+from megatron_ds.data.tokenizer import build_tokenizer
 from megatron_ds.errors import CheckpointError, ConfigError
 from megatron_ds.training.inference import guarded
 
@@ -41,7 +40,9 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     out = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     out.add_argument("--model-type", required=True, choices=("GPT", "BERT", "T5"))
-    out.add_argument("--loader", required=True, choices=("hf", "megatron", "megatron_ds"), help="What --load-dir holds.")
+    out.add_argument(
+        "--loader", required=True, choices=("hf", "megatron", "megatron_ds"), help="What --load-dir holds."
+    )
     out.add_argument("--saver", required=True, choices=("megatron_ds", "hf"), help="What to write.")
     out.add_argument("--load-dir", required=True, type=Path, metavar="DIR")
     out.add_argument("--save-dir", required=True, type=Path, metavar="DIR", help="Must be new or empty.")
@@ -63,7 +64,9 @@ def convert(options: argparse.Namespace) -> None:
     """
     target: Path = options.save_dir.absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError("--save-dir", f"{target} is not empty", "a new directory", "another name; nothing is replaced")
+        raise ConfigError(
+            "--save-dir", f"{target} is not empty", "a new directory", "another name; nothing is replaced"
+        )
     weights = _load(options)
     if weights.config.model_type != options.model_type:
         found = weights.config.model_type
@@ -84,7 +87,6 @@ def convert(options: argparse.Namespace) -> None:
             log.info("not checked: --no-check")
         else:
             _prove(options, weights, staged, scratch)
-        staged.chmod(0o755)
         staged.rename(target)
     log.info(f"wrote {target}: {weights.config.model_type}, {len(weights.names)} tensors, {weights.dtype}")
 
@@ -94,7 +96,9 @@ def _load(options: argparse.Namespace) -> Weights:
         return load_hf(options.load_dir)
     if options.loader == "megatron_ds":
         return load_native(options.load_dir, options.ckpt_step)
-    return load_megatron(str(options.load_dir), options.model_type, true_vocab_size=options.true_vocab_size)
+    step = options.load_dir / f"iter_{options.ckpt_step or 0:07d}"
+    directory = options.load_dir if options.ckpt_step is None else step
+    return load_megatron(str(directory), options.model_type, true_vocab_size=options.true_vocab_size)
 
 
 def _prove(options: argparse.Namespace, weights: Weights, staged: Path, scratch: Path) -> None:
@@ -117,7 +121,8 @@ def _prove(options: argparse.Namespace, weights: Weights, staged: Path, scratch:
         theirs = scratch
         save_hf(weights, scratch)
     kind = find_home(folded(weights)).name
-    worst = difference(ours, theirs, kind, loads_all=theirs != options.load_dir)
+    step = options.ckpt_step if ours == options.load_dir else None
+    worst = difference(ours, theirs, kind, loads_all=theirs != options.load_dir, step=step)
     log.info(f"largest logit difference from transformers' {kind} in fp32: {worst:.3g}")
     if not worst <= TOLERANCE:
         raise CheckpointError(
@@ -126,6 +131,18 @@ def _prove(options: argparse.Namespace, weights: Weights, staged: Path, scratch:
             f"at most {TOLERANCE:g} in fp32",
             "nothing was written; this is a fault of the converter, unless the weights are not of that class",
         )
+    if options.saver == "hf":
+        _compare_tokenizers(weights, staged)
+
+
+def _compare_tokenizers(weights: Weights, staged: Path) -> None:
+    """Say whether the tokenizer that was written out does what ours does."""
+    if not any((staged / name).exists() for name in ("tokenizer.json", "tokenizer.model", "spiece.model")):
+        log.info("the export has no tokenizer")
+    elif weights.tokenizer and same_ids(build_tokenizer(weights.tokenizer), staged):
+        log.info("AutoTokenizer gives the same ids as our tokenizer")
+    else:
+        log.warn("AutoTokenizer gives other ids than our tokenizer on some texts; see docs/conversion.md")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -24,9 +24,9 @@ import torch
 
 from megatron_ds import log
 from megatron_ds.cli import Parser, arg
-from megatron_ds.errors import EXIT_OK, ConfigError, DataError
+from megatron_ds.errors import EXIT_OK, ConfigError, DataError, RunFault
 from megatron_ds.parallel.collectives import barrier
-from megatron_ds.training.inference import InferenceConfig, guarded, open_checkpoint
+from megatron_ds.training.inference import InferenceConfig, check_output, guarded, open_checkpoint
 from megatron_ds.training.outputs import model_outputs
 
 
@@ -60,9 +60,9 @@ def read_arrays(path: str) -> dict[str, torch.Tensor]:
 
 
 def write_arrays(path: str, arrays: Mapping[str, torch.Tensor]) -> None:
-    """Write an .npz whole or not at all.
+    """Write an .npz whole or not at all, under the very name that was given.
 
-    Raises: DataError if it cannot be written
+    Raises: RunFault if the disk does not take it
     """
     staged = f"{path}.tmp"
     try:
@@ -70,7 +70,7 @@ def write_arrays(path: str, arrays: Mapping[str, torch.Tensor]) -> None:
             np.savez(file, **{name: tensor.numpy() for name, tensor in arrays.items()})  # type: ignore[arg-type]
         os.replace(staged, path)
     except OSError as error:
-        raise DataError(f"--output {path}", error.strerror or str(error), "a file that can be written") from error
+        raise RunFault(f"--output {path}", error.strerror or str(error), "a file that can be written") from error
 
 
 def work(argv: Sequence[str]) -> int:
@@ -85,6 +85,7 @@ def work(argv: Sequence[str]) -> int:
         raise ConfigError(flag, "nothing", "an .npz file", f"{flag} {'ids' if files.input is None else 'logits'}.npz")
     if files.micro_batch_size < 1:
         raise ConfigError("--micro-batch-size", str(files.micro_batch_size), "1 or more", "leave it out")
+    check_output("--output", files.output)
     given = read_arrays(files.input)
     trained = open_checkpoint(options)
     found = model_outputs(

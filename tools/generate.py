@@ -25,7 +25,7 @@ from megatron_ds import log
 from megatron_ds.cli import Parser, arg
 from megatron_ds.data.tokenizer import Tokenizer
 from megatron_ds.errors import EXIT_OK, ConfigError, DataError
-from megatron_ds.training.inference import InferenceConfig, Trained, guarded, open_checkpoint
+from megatron_ds.training.inference import InferenceConfig, Trained, check_output, guarded, open_checkpoint
 from megatron_ds.training.sampling import SamplingConfig, answer_prompts, continue_prompts
 
 SENTINEL = re.compile(r"<extra_id_(\d+)>")
@@ -54,7 +54,7 @@ def read_prompts(config: PromptConfig) -> list[str]:
     if config.prompts is None:
         return [config.prompt]
     try:
-        lines = Path(config.prompts).read_text(encoding="utf-8").splitlines()
+        lines = Path(config.prompts).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"--prompts {config.prompts}", str(error), "a file of UTF-8 text", "correct the path"
@@ -176,6 +176,7 @@ def work(argv: Sequence[str]) -> int:
     (options,) = parser.build([InferenceConfig], typed, {})
     if config.batch_size < 1:
         raise ConfigError("--batch-size", str(config.batch_size), "1 or more", "leave it out")
+    check_output("--output", config.output)
     prompts = read_prompts(config)
     trained = open_checkpoint(options)
     if trained.config.model_type == "BERT":

@@ -1,7 +1,7 @@
 """BertForPreTraining (norms behind the residuals) and MegatronBertForPreTraining (norms before the branches).
 
-Ours is one code for both: with --apply-residual-connection-post-layernorm the residual leaves behind the norm, so that the
-norm which BERT has behind a branch is the one that we have before the next.
+Ours is one code for both: with --apply-residual-connection-post-layernorm the residual leaves behind the norm, so that
+the norm which BERT has behind a branch is the one that we have before the next.
 """
 
 from __future__ import annotations

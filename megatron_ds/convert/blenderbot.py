@@ -1,4 +1,4 @@
-"""BlenderbotForConditionalGeneration: Megatron's own T5, whose learned positions T5ForConditionalGeneration cannot hold."""
+"""BlenderbotForConditionalGeneration: Megatron's own T5, with learned positions, biases and LayerNorm."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class Family:
     """One architecture over there.
 
     name: its class. key: `model_type` of its config.json. of: our model.
-    config: theirs -> ours. fields: ours and the rows of the position table -> theirs. rules: every tensor of such a model.
+    config: theirs -> ours. fields: ours and the rows of the position table -> theirs. rules: all tensors of a model.
     base: prefix that files of the headless model leave out. ignored: names (a pattern) of buffers and tied copies.
     embedding, head: names of the embedding and of an untied output matrix ("": there is none).
     """
@@ -78,7 +78,7 @@ _GELUS = {"gelu": False, "gelu_python": False} | dict.fromkeys(
 _ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}
 
 
-def read_activation(fields: Fields, name: str, default: str) -> dict[str, bool]:
+def read_activation(fields: Fields, name: str, default: str) -> dict[str, Any]:
     """Our options for an activation without a gate.
 
     Raises: CheckpointError for one that we lack

@@ -98,6 +98,4 @@ def folded(weights: Weights) -> Weights:
         tensor = weights.read(name)
         return tensor.float() + 1 if _NORM_WEIGHT.fullmatch(name) else tensor
 
-    return dataclasses.replace(
-        weights, config=dataclasses.replace(weights.config, apply_layernorm_1p=False), read=read
-    )
+    return dataclasses.replace(weights, config=dataclasses.replace(weights.config, apply_layernorm_1p=False), read=read)

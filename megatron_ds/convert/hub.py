@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -203,6 +204,8 @@ def save_hf(weights: Weights, directory: Path) -> Family:
         **special_ids(weights, family.of),
     }
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for path in directory.glob("*.safetensors"):
+        shutil.copymode(directory / "config.json", path)  # the library's own mode is for nobody but the owner
     return family
 
 
@@ -217,7 +220,7 @@ def _write_tensors(weights: Weights, rules: list[Rule], directory: Path) -> None
     if len(names) == 1:
         (directory / "part-1").rename(directory / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, held in enumerate(names, start=1):
         file = f"model-{number:05d}-of-{len(names):05d}.safetensors"
         (directory / f"part-{number}").rename(directory / file)

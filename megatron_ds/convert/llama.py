@@ -1,4 +1,4 @@
-"""LlamaForCausalLM and what differs from it in one thing: Mistral (window), Qwen2 (QKV bias), Qwen3 (norms on q and k)."""
+"""LlamaForCausalLM and what differs in one thing: Mistral (window), Qwen2 (QKV bias), Qwen3 (norms on q and k)."""
 
 from __future__ import annotations
 

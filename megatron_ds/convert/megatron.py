@@ -10,12 +10,14 @@ from megatron_ds import log
 from megatron_ds.convert.megatron_args import tokenizer_config, transformer_config
 from megatron_ds.convert.megatron_classic import FILE, read_classic
 from megatron_ds.convert.megatron_deepspeed import is_deepspeed, read_deepspeed
-from megatron_ds.convert.megatron_join import Joiner
-from megatron_ds.convert.megatron_shapes import parameters
+from megatron_ds.convert.megatron_join import Joiner, joined_shape
 from megatron_ds.convert.megatron_source import Source, broken
 from megatron_ds.convert.weights import Weights
 from megatron_ds.errors import CheckpointError
+from megatron_ds.model.chunk import Stage
 from megatron_ds.model.config import ModelType, TransformerConfig
+from megatron_ds.model.embedding import Vocab
+from megatron_ds.model.zoo import build_model
 
 _TRACKER = "latest_checkpointed_iteration.txt"
 _WORD_TABLE = "embedding.word_embeddings.weight"
@@ -34,7 +36,7 @@ def load_megatron(directory: str, model_type: ModelType, true_vocab_size: int | 
     max_positions = config.max_position_embeddings
     assert max_positions
     joiner = _joiner(config, source, true_vocab_size)
-    _check(source, config, joiner)
+    _check(source, config, max_positions)
     if config.model_type == "BERT" and not config.exact_gelu and not config.openai_gelu:
         log.warn(
             "its head was trained with GELU by erf and its MLPs with the tanh form; the head gets the tanh form too"
@@ -50,7 +52,7 @@ def load_megatron(directory: str, model_type: ModelType, true_vocab_size: int | 
         dtype=source.pieces[_WORD_TABLE][0].dtype,
         iteration=source.iteration,
         tokenizer=tokenizer_config(source.args),
-        names=tuple(parameters(config, joiner.vocab_size, max_positions)),
+        names=tuple(source.pieces),
         read=lambda name: joiner.join(name, pieces[name]),
     )
 
@@ -116,10 +118,12 @@ def _joiner(config: TransformerConfig, source: Source, true_vocab_size: int | No
     return dataclasses.replace(joiner, vocab_size=true_size)
 
 
-def _check(source: Source, config: TransformerConfig, joiner: Joiner) -> None:
+def _check(source: Source, config: TransformerConfig, max_positions: int) -> None:
     """Hold names and shapes against those of the model that the options describe."""
     rows = sum(piece.shape[0] for piece in source.pieces[_WORD_TABLE])
-    expected = parameters(config, rows, joiner.max_positions)
+    whole = Stage(0, config.total_layers, True, True)
+    model = build_model(config, Vocab(rows, rows), whole, max_positions=max_positions, device="meta")
+    expected = {name: spec.shape for name, spec in model.table().items()}
     missing, extra = sorted(expected.keys() - source.pieces.keys()), sorted(source.pieces.keys() - expected.keys())
     for kind, names in (("lacks", missing), ("holds besides", extra)):
         if names:
@@ -127,7 +131,6 @@ def _check(source: Source, config: TransformerConfig, joiner: Joiner) -> None:
             expectation = f"the parameters of the {config.model_type} that its options describe"
             raise broken(source.path, f"it {kind} {', '.join(names[:5])}{more}", expectation)
     for name, shape in expected.items():
-        found = joiner.shape(name, source.pieces[name])
-        if found != shape:
+        if joined_shape(name, source.pieces[name], max_positions) != shape:
             shapes = ", ".join(str(list(piece.shape)) for piece in source.pieces[name])
             raise broken(source.path, f"{name} in pieces {shapes}", f"pieces of {list(shape)}")

@@ -54,26 +54,11 @@ class Joiner:
         if "linear_fc1." in name and self.gated:
             gates, ups = zip(*(piece.chunk(2) for piece in pieces), strict=True)
             return torch.cat(ups + gates if self.up_first else gates + ups)
-        dim = self._split_dim(name, pieces[0])
+        dim = _split_dim(name, pieces[0], self.max_positions)
         if dim is None:
             return self._copy(pieces)
         whole = torch.cat(list(pieces), dim=dim)
         return whole[: self.vocab_size].clone() if name.endswith(_VOCABULARY) else whole
-
-    def shape(self, name: str, pieces: Sequence[torch.Tensor]) -> tuple[int, ...]:
-        """What join() would return with all of the vocabulary, without reading a value; () if pieces do not match."""
-        dim = self._split_dim(name, pieces[0])
-        shapes = {tuple(piece.shape) for piece in pieces}
-        if len(shapes) != 1 or (dim is not None and dim >= pieces[0].dim()):
-            return ()
-        return tuple(size * len(pieces) if i == dim else size for i, size in enumerate(pieces[0].shape))
-
-    def _split_dim(self, name: str, piece: torch.Tensor) -> int | None:
-        if name.endswith(_COLUMNS):
-            return 1
-        if name.endswith("position_embeddings.weight"):  # sequence parallelism cuts it by positions
-            return 0 if piece.shape[:1] != (self.max_positions,) else None
-        return 0 if name.endswith(_ROWS) or "linear_qkv." in name else None
 
     def _parts(self, pieces: Sequence[torch.Tensor], order: Order, groups: int, sizes: tuple[int, ...]) -> torch.Tensor:
         """Rows of the first part of all groups, then those of the next."""
@@ -83,9 +68,9 @@ class Joiner:
             return torch.cat([part.reshape(-1, *inner) for part in whole.split(sizes, dim=1)])
         n = len(sizes)
         if order == "part":
-            views = [piece.view(n, -1, d, *inner) for piece in pieces]
+            views = [piece.reshape(n, -1, d, *inner) for piece in pieces]
         else:
-            views = [piece.view(-1, d, n, *inner).movedim(2, 0) for piece in pieces]
+            views = [piece.reshape(-1, d, n, *inner).movedim(2, 0) for piece in pieces]
         return torch.cat(views, dim=1).reshape(-1, *inner)
 
     @staticmethod
@@ -94,3 +79,19 @@ class Joiner:
         if all(torch.equal(first, piece) for piece in pieces[1:]):
             return first.clone()
         return torch.stack([piece.float() for piece in pieces]).mean(dim=0).to(first.dtype)
+
+
+def joined_shape(name: str, pieces: Sequence[torch.Tensor], max_positions: int) -> tuple[int, ...]:
+    """Shape of the whole with all of the vocabulary, without reading a value; () if the pieces do not match."""
+    dim = _split_dim(name, pieces[0], max_positions)
+    if len({piece.shape for piece in pieces}) != 1 or (dim is not None and dim >= pieces[0].dim()):
+        return ()
+    return tuple(size * len(pieces) if i == dim else size for i, size in enumerate(pieces[0].shape))
+
+
+def _split_dim(name: str, piece: torch.Tensor, max_positions: int) -> int | None:
+    if name.endswith(_COLUMNS):
+        return 1
+    if name.endswith("position_embeddings.weight"):  # sequence parallelism cuts it by positions
+        return 0 if piece.shape[:1] != (max_positions,) else None
+    return 0 if name.endswith(_ROWS) or "linear_qkv." in name else None

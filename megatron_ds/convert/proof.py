@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from megatron_ds.data.tokenizer import Tokenizer
 from megatron_ds.errors import CheckpointError, ConfigError
 from megatron_ds.model.config import ModelType
 from megatron_ds.training.inference import load_trained
@@ -17,6 +18,7 @@ TOLERANCE = 1e-4
 """Largest difference of two logits in fp32 that is rounding."""
 LENGTHS = (1, 7, 40, 150)
 _SEED = 1234
+_TEXTS = ("The house, built  twice.", "  def f(x):\n\treturn x + 12345", "na\u00efve \u65e5\u672c", "'tis I'll")
 Prompt = Mapping[str, torch.Tensor]
 
 
@@ -38,13 +40,14 @@ def prompts(kind: ModelType, vocab_size: int, max_positions: int) -> list[dict[s
     return found
 
 
-def difference(ours: Path, theirs: Path, kind: str, *, loads_all: bool) -> float:
+def difference(ours: Path, theirs: Path, kind: str, *, loads_all: bool, step: int | None = None) -> float:
     """Largest difference between two logits of the same prompt, BERT's two of the order of segments among them.
 
-    kind: class of transformers. loads_all: fail where transformers finds tensors missing or left over; files of others may hold old buffers
+    kind: class of transformers. step: iteration of ours. loads_all: fail where transformers finds tensors missing or
+    left over; files of others may hold old buffers.
     Raises: ConfigError without transformers, CheckpointError from either side
     """
-    trained = load_trained(str(ours), fp32=True)
+    trained = load_trained(str(ours), step, fp32=True)
     config = trained.config
     asked = prompts(config.model_type, trained.vocab.size, trained.max_positions)
     if not config.has_sentence_order:
@@ -65,7 +68,19 @@ def difference(ours: Path, theirs: Path, kind: str, *, loads_all: bool) -> float
     return worst
 
 
-def _open_theirs(directory: Path, kind: str, loads_all: bool) -> Any:
+def same_ids(tokenizer: Tokenizer, directory: Path) -> bool:
+    """Whether transformers' tokenizer of that directory gives the ids that ours does; special tokens around them aside.
+
+    Raises: ConfigError without transformers
+    """
+    theirs = _transformers().AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    return all(
+        tokenizer.tokenize_batch([text], bare=True)[0] == theirs(text, add_special_tokens=False)["input_ids"]
+        for text in _TEXTS
+    )
+
+
+def _transformers() -> Any:
     try:
         import transformers
     except ImportError:
@@ -77,6 +92,11 @@ def _open_theirs(directory: Path, kind: str, loads_all: bool) -> Any:
         ) from None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    return transformers
+
+
+def _open_theirs(directory: Path, kind: str, loads_all: bool) -> Any:
+    transformers = _transformers()
     dtype = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
     model, report = getattr(transformers, kind).from_pretrained(
         directory,

@@ -56,7 +56,7 @@ def interleaved(ours: str, theirs: str, heads: int) -> Rule:
 
 def _swapped(tensor: T, outer: int, inner: int) -> T:
     """Rows [outer, inner, d] as [inner, outer, d]."""
-    return tensor.unflatten(0, (outer, inner, -1)).transpose(0, 1).flatten(0, 2)
+    return tensor.reshape(outer, inner, -1, *tensor.shape[1:]).transpose(0, 1).flatten(0, 2)
 
 
 def repeated(ours: str, theirs: Sequence[str]) -> Rule:

@@ -1,4 +1,4 @@
-"""A tokenizer's files, carried along: found in a Hugging Face directory, kept beside a checkpoint, written out again."""
+"""A tokenizer's files: found in a Hugging Face directory, kept beside a checkpoint, written out again."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def _described(folder: Path) -> TokenizerConfig | None:
     if there("tokenizer.json"):
         return TokenizerConfig(tokenizer_type="HFTokenizer", tokenizer_model=str(folder))
     if there("vocab.json") and there("merges.txt"):
-        files = {"vocab_file": str(folder / "vocab.json"), "merge_file": str(folder / "merges.txt")}
-        return TokenizerConfig(tokenizer_type="GPT2BPETokenizer", **files)
+        vocab, merges = str(folder / "vocab.json"), str(folder / "merges.txt")
+        return TokenizerConfig(tokenizer_type="GPT2BPETokenizer", vocab_file=vocab, merge_file=merges)
     if there("vocab.txt"):
         lower = _json(folder / "tokenizer_config.json").get("do_lower_case", True)
         return TokenizerConfig(tokenizer_type=_WORD_PIECES[0 if lower else 1], vocab_file=str(folder / "vocab.txt"))
@@ -87,7 +87,7 @@ def keep(weights: Weights, directory: Path, final: Path) -> Weights:
             _write_word_piece(config, tokens, target)
             moved = TokenizerConfig(tokenizer_type="HFTokenizer", tokenizer_model=str(named))
             return dataclasses.replace(weights, tokenizer=moved)
-    paths = {name: str(named / file.name) for name, file in _renamed(config).items()}
+    paths: dict[str, Any] = {name: str(named / file.name) for name, file in _renamed(config).items()}
     if config.tokenizer_model and _files(config)["tokenizer_model"].name == "tokenizer.json":
         paths["tokenizer_model"] = str(named)
     return dataclasses.replace(weights, tokenizer=dataclasses.replace(config, **paths))
@@ -106,14 +106,15 @@ def write_out(weights: Weights, directory: Path) -> None:
     _copy(config, directory)
     if config.tokenizer_type in _WORD_PIECES:
         tokens = _lines(directory / "vocab.txt")
-        _write_word_piece(config, [*tokens, *_added(tokenizer, len(tokens))], directory)
-        (directory / "vocab.txt").write_text("\n".join(_lines(directory / "vocab.txt")) + "\n", encoding="utf-8")
+        tokens += _added(tokenizer, len(tokens))
+        _write_word_piece(config, tokens, directory)
+        (directory / "vocab.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")
     elif config.tokenizer_type == "GPT2BPETokenizer" and not (directory / "tokenizer.json").exists():
         _write_gpt2(tokenizer, directory)
     elif (directory / "tokenizer.model").exists():
         _describe(directory, "LlamaTokenizer", add_bos_token=config.tokenizer_type == "Llama2Tokenizer", legacy=True)
     else:
-        _describe(directory, "PreTrainedTokenizerFast")
+        _describe(directory, "PreTrainedTokenizerFast", eos_token=tokenizer.detokenize([tokenizer.eod]))
 
 
 def special_ids(weights: Weights, of: ModelType) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from megatron_ds.model.config import TransformerConfig
 class Weights:
     """A model under our names: whole tensors, the vocabulary without padding.
 
-    names: global parameter names, all of them. read: name -> tensor; nothing is kept, so a large model is never held twice.
-    tokenizer: None where the source says nothing of it. home: the Hugging Face class that the weights came from, if any.
+    names: global parameter names, all of them. read: name -> tensor; nothing is kept, so that a large model is never
+    held twice. tokenizer: None where the source says nothing of it. home: the Hugging Face class that it came from.
     """
 
     config: TransformerConfig

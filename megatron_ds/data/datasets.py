@@ -202,7 +202,7 @@ def _paper_spans(
 
 def _too_few_sentinels(found: int, needed: int) -> DataError:
     return DataError(
-        "tokenizer",
+        "--vocab-extra-ids",
         found=f"{found} of the tokens <extra_id_0>, <extra_id_1> ..., which stand for T5's masked spans",
         expected=f"at least {needed}",
         fix=f"--vocab-extra-ids {max(100, needed)}",

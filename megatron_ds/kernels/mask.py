@@ -26,7 +26,7 @@ def visible(
     if query_documents is not None and key_documents is not None:
         seen = (query_documents.unsqueeze(2) == key_documents.unsqueeze(1)).unsqueeze(1)
     if window is not None and window < keys - 1:
-        near = _distances(queries, keys, device) <= window
+        near = (_distances(queries, keys, device) <= window)[None, None]
         seen = near if seen is None else seen & near
     if seen is None or not causal:
         return seen

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby
 from operator import itemgetter
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -302,6 +303,20 @@ def check_layout(model: TransformerConfig, tp: int, pp: int, world_size: int, da
         errors.append(ConfigError(by_pp, f"a model of {model.total_layers} layers", "a layer on every stage"))
     if errors:
         raise ConfigErrors(errors)
+
+
+def check_output(flag: str, path: str | None) -> None:
+    """Whether a file can be written, found out before the work: on every rank, for any of them may have to.
+
+    Raises: ConfigError
+    """
+    if path is None:
+        return
+    folder = Path(path).absolute().parent
+    trouble = "a directory" if Path(path).is_dir() else f"no directory {folder}" if not folder.is_dir() else ""
+    if trouble or not os.access(folder, os.W_OK):
+        found = trouble or f"{folder}, which is not writable"
+        raise ConfigError(f"{flag} {path}", found, "a file in a directory to write to", "another path")
 
 
 def _device(wanted: str) -> torch.device:

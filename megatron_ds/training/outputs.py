@@ -33,7 +33,7 @@ NAMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "labels",
             "next_sentence_label",
         ),
-        "T5": ("input_ids", "attention_mask", "decoder_input_ids", "labels"),
+        "T5": ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask", "labels"),
     }
 )
 Tensors = Mapping[str, torch.Tensor]
@@ -42,7 +42,7 @@ Tensors = Mapping[str, torch.Tensor]
 def model_outputs(
     trained: Trained, given: Tensors, *, micro_batch_size: int, decoder_start_token_id: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Outputs in fp32 on the CPU of every rank of the last stage; nothing on the others.
+    """Outputs in fp32 on the CPU of the rank that writes; nothing on the others.
 
     Where attention_mask is 0, logits mean nothing.
     Raises: DataError for inputs that the model cannot read
@@ -54,12 +54,13 @@ def model_outputs(
 
     def collect(number: int, output: Any) -> None:
         words, order = output if kind == "BERT" else (output, None)
-        logits.append(whole_vocabulary(words.transpose(0, 1), trained).cpu())
-        if order is not None:
-            binary.append(order.float().cpu())
+        whole = whole_vocabulary(words.transpose(0, 1), trained)
+        if trained.writes:
+            logits.append(whole.cpu())
+            binary.extend(() if order is None else (order.float().cpu(),))
 
     run(trained, list(_inputs(kind, given, decoder_start_token_id).microbatches(micro_batch_size)), collect)
-    if not trained.has_outputs:
+    if not trained.writes:
         return {}
     found = {"logits": torch.cat(logits)}
     if kind == "BERT":
@@ -76,7 +77,9 @@ def _inputs(kind: str, given: Tensors, decoder_start_token_id: int) -> Inputs:
         decoder = shifted_right(given["labels"], decoder_start_token_id)
     # On the right of a causal model's tokens padding is out of sight anyway.
     hidden = None if mask is None or (kind == "GPT" and bool((mask[:, 1:] <= mask[:, :-1]).all())) else 1 - mask
-    return Inputs(ids, given.get("position_ids"), hidden, given.get("token_type_ids"), decoder)
+    positions = given.get("position_ids")
+    positions = positions if positions is None else positions.expand_as(ids)
+    return Inputs(ids, positions, hidden, given.get("token_type_ids"), decoder)
 
 
 def shifted_right(labels: torch.Tensor, start: int) -> torch.Tensor:
@@ -124,6 +127,7 @@ def check_inputs(trained: Trained, given: Tensors) -> None:
         "decoder_input_ids": trained.vocab.size,
         "labels": trained.vocab.size,
         "attention_mask": 2,
+        "decoder_attention_mask": 2,
         "token_type_ids": 2,
         "next_sentence_label": 2,
         "position_ids": trained.max_positions if config.positions == "learned_absolute" else 1 << 31,
@@ -134,14 +138,19 @@ def check_inputs(trained: Trained, given: Tensors) -> None:
         if outside.numel():
             expected = f"0 to {sizes[name] - 1}" + (f", or {IGNORED} to ignore" if ignored else "")
             raise _wrong(name, f"the value {int(outside[0])}", expected, "ids of this model's tokenizer and positions")
-        if config.positions == "learned_absolute" and values.shape[-1] > trained.max_positions:
-            found, expected = f"{values.shape[-1]} positions", f"at most {trained.max_positions}"
+        sequence = values.dim() == 2 and name != "next_sentence_label"
+        if config.positions == "learned_absolute" and sequence and values.shape[1] > trained.max_positions:
+            found, expected = f"{values.shape[1]} positions", f"at most {trained.max_positions}"
             raise _wrong(name, found, f"{expected}, the rows of the position table", "shorter sequences")
+    if "position_ids" in given and config.positions not in ("learned_absolute", "rope"):
+        raise _wrong(
+            "position_ids", f"a model with {config.positions} positions", "learned or rotary ones", "leave it out"
+        )
     if "next_sentence_label" in given and not config.has_sentence_order:
         raise _wrong("next_sentence_label", "a model without a binary head", "one with it", "leave it out")
     if "token_type_ids" in given and not config.has_sentence_order and bool(given["token_type_ids"].any()):
         raise _wrong("token_type_ids", "a second segment", "zeros, for a model without token types", "leave it out")
-    _check_mask(kind, given)
+    _check_masks(kind, given)
 
 
 def _check_shapes(kind: str, given: Tensors) -> None:
@@ -149,33 +158,36 @@ def _check_shapes(kind: str, given: Tensors) -> None:
     shape = tuple(given["input_ids"].shape)
     if len(shape) != 2 or not all(shape):
         raise _wrong("input_ids", f"shape {list(shape)}", "[batch, sequence], neither of them 0", "a row per sequence")
-    decoder = next((tuple(given[name].shape) for name in ("decoder_input_ids", "labels") if name in given), None)
+    target = given.get("decoder_input_ids", given.get("labels", given["input_ids"]))
+    decoder = (shape[0], *target.shape[1:2])
     for name, values in given.items():
-        expected: tuple[int, ...] = shape
-        if kind == "T5" and name in ("decoder_input_ids", "labels"):
-            assert decoder is not None
-            expected = (shape[0], decoder[-1] if decoder else 1)
+        allowed = [decoder if kind == "T5" and name not in ("input_ids", "attention_mask") else shape]
         if name == "next_sentence_label":
-            expected = (shape[0], 1) if values.dim() == 2 else (shape[0],)
-        if tuple(values.shape) != expected:
-            raise _wrong(name, f"shape {list(values.shape)}", f"{list(expected)}", f"{name} that fits input_ids")
+            allowed = [shape[:1], (shape[0], 1)]
+        if name == "position_ids":
+            allowed.append((1, shape[1]))
+        if tuple(values.shape) not in allowed or not values.numel():
+            expected = " or ".join(str(list(one)) for one in allowed)
+            raise _wrong(name, f"shape {list(values.shape)}", expected, f"{name} that fits the others")
 
 
-def _check_mask(kind: str, given: Tensors) -> None:
-    mask, labels = given.get("attention_mask"), given.get("labels")
-    if mask is None:
-        return
-    if not bool(mask.any(1).all()):
+def _check_masks(kind: str, given: Tensors) -> None:
+    """Padding stands where its meaning is plain, and nothing is predicted from it."""
+    mask, decoder = given.get("attention_mask"), given.get("decoder_attention_mask")
+    if mask is not None and not bool(mask.any(1).all()):
         raise _wrong("attention_mask", "a row of zeros", "a token to attend to in every row", "leave that row out")
-    if kind == "GPT" and bool((mask.diff(dim=1) != 0).sum(1).gt(1).any()):
+    if kind == "GPT" and mask is not None and bool((mask.diff(dim=1) != 0).sum(1).gt(1).any()):
         raise _wrong("attention_mask", "zeros between ones", "padding on one side", "no gaps within a sequence")
-    if kind == "T5" or labels is None:
+    if decoder is not None and bool((decoder.diff(dim=1) > 0).any()):
+        raise _wrong("decoder_attention_mask", "zeros before ones", "padding on the right", "labels of -100 there")
+    labels, mask = given.get("labels"), decoder if kind == "T5" else mask
+    if mask is None or labels is None:
         return
     # A prediction is made where the input stands: of a causal model one place before its label.
     read, wanted = (mask[:, :-1], labels[:, 1:]) if kind == "GPT" else (mask, labels)
     if bool(((read == 0) & (wanted != IGNORED)).any()):
-        found = "a label that is predicted where attention_mask is 0"
-        raise _wrong("labels", found, f"{IGNORED} there", "labels[attention_mask == 0] = -100, and the first token's")
+        found, expected = "a label that is predicted from padding", f"{IGNORED} there"
+        raise _wrong("labels", found, expected, "labels[mask == 0] = -100, and a GPT's first token behind padding")
 
 
 def _wrong(name: str, found: str, expected: str, fix: str) -> DataError:

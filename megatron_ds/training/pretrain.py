@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from megatron_ds import log
-from megatron_ds.config import Config, parse
+from megatron_ds.config import Config, attributed, explain, overridden, parse, with_checkpoint_model
 from megatron_ds.data.batch import collate_for
 from megatron_ds.data.loader import MicrobatchLoader
 from megatron_ds.data.tokenizer import Tokenizer, build_tokenizer, planned_vocab_size
@@ -39,7 +39,15 @@ from megatron_ds.training.meter import Meter
 from megatron_ds.training.metrics import Metrics
 from megatron_ds.training.progress import Progress
 from megatron_ds.training.resume import agree_on_checkpoint, check_save_directory, checkpoint_to_load, load_checkpoint
-from megatron_ds.training.run import Datasets, DatasetsProvider, ForwardStep, ModelProvider, Recipe, Run
+from megatron_ds.training.run import (
+    Datasets,
+    DatasetsProvider,
+    ForwardStep,
+    ModelProvider,
+    Recipe,
+    Run,
+    as_splits,
+)
 from megatron_ds.training.signals import StopRequest
 from megatron_ds.training.verify import verify
 
@@ -66,10 +74,16 @@ def _main(recipe: Recipe, defaults: Mapping[str, Any], argv: Sequence[str], stop
     begun = time.monotonic()
     declared = os.environ.get("WORLD_SIZE", "1")
     launch.adopt_environment()
-    typed = parse(argv, defaults)
-    world_size = _planned_world_size(typed, declared) if typed.training.dry_run else log.world_size()
+    typed, overruled = _as_stored(parse(argv, defaults))
+    plans = typed.training.dry_run or typed.training.print_config
+    world_size = _planned_world_size(typed, declared) if plans else log.world_size()
     merged = merge(typed, world_size)
     config = merged.config
+    if config.training.print_config:
+        log.info(explain(attributed(typed, config, "ds_config.json")))
+        return 0
+    for line in overruled:
+        log.info(line)
     check_config(config, world_size)
     if config.training.dry_run:
         return _dry_run(recipe, merged, world_size)
@@ -92,7 +106,7 @@ def _main(recipe: Recipe, defaults: Mapping[str, Any], argv: Sequence[str], stop
     run = engine.run = dataclasses.replace(
         run, plan=continue_from(plan, config.training, progress.iteration, progress.consumed_samples)
     )
-    datasets = recipe.datasets(run, _samples(run, progress))
+    datasets = as_splits(recipe.datasets(run, _samples(run, progress)))
     _say_time("after dataloaders are built")
     if checkpoint is None:
         engine.initialise()
@@ -107,6 +121,15 @@ def _main(recipe: Recipe, defaults: Mapping[str, Any], argv: Sequence[str], stop
         log.warn("told to stop, and nothing is saved: there is no --save")
         return EXIT_TERMINATED
     return EXIT_RESUBMIT if stopped else 0
+
+
+def _as_stored(config: Config) -> tuple[Config, list[str]]:
+    """With --use-checkpoint-args the model of the checkpoint, and what was typed in vain."""
+    index = checkpoint_to_load(config) if config.checkpoint.use_checkpoint_args else None
+    if index is None:
+        return config, []
+    stored = with_checkpoint_model(config, index.state)
+    return stored, overridden(config, stored)
 
 
 def _samples(run: Run, progress: Progress) -> SampleCounts:

@@ -87,8 +87,21 @@ class Datasets(Protocol):
         """Rows of the final test."""
 
 
+class Splits(NamedTuple):
+    """Three datasets that a provider gave as a plain tuple."""
+
+    train: Any
+    valid: Any
+    test: Any
+
+
+def as_splits(found: Datasets | tuple[Any, Any, Any]) -> Datasets:
+    """What a provider gave: an object with three attributes, or the tuple that Megatron's providers return."""
+    return Splits(*found) if isinstance(found, tuple) else found
+
+
 ModelProvider = Callable[[Run, Stage], ModelChunk]
-DatasetsProvider = Callable[[Run, SampleCounts], Datasets]
+DatasetsProvider = Callable[[Run, SampleCounts], "Datasets | tuple[Any, Any, Any]"]
 
 
 class Recipe(NamedTuple):

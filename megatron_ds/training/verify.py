@@ -33,7 +33,7 @@ from megatron_ds.plan import Plan, SampleCounts, make_plan
 from megatron_ds.timers import Timers
 from megatron_ds.training.engine import Engine, build_engine
 from megatron_ds.training.progress import Progress
-from megatron_ds.training.run import Recipe, Run
+from megatron_ds.training.run import Recipe, Run, as_splits
 from megatron_ds.training.shrink import STEPS, Small, plain, shrink
 from megatron_ds.training.step import train_step
 
@@ -121,7 +121,7 @@ def _train(recipe: Recipe, config: Config, vocab_size: int, device: torch.device
     _set_weights(engine)
     schedule = lr_schedule(config.lr, config.optimizer, None, plan.global_batch_size, STEPS)
     progress, trained = Progress(), Trained([], [])
-    rows = recipe.datasets(engine.run, SampleCounts(STEPS * plan.global_batch_size, 0, 0)).train
+    rows = as_splits(recipe.datasets(engine.run, SampleCounts(STEPS * plan.global_batch_size, 0, 0))).train
     for step in range(STEPS):
         batches = _batches(engine.run, rows, step)
         result = train_step(engine, schedule, progress, batches, Timers(), stop=False, out_of_time=False)

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from megatron_ds.convert.weights import Weights
+
 H, HEADS, D, F, VOCAB, PADDED, POSITIONS = 12, 4, 3, 10, 13, 16, 7
 
 INSIDE = {
@@ -212,6 +214,40 @@ def gpt_chunk(
     return state
 
 
+def t5(**changes: Any) -> Whole:
+    """Whole tensors of a T5 with 2 and 3 layers."""
+    whole = Whole(**changes)
+    whole.add("embedding.word_embeddings.weight", VOCAB, H)
+    whole.add("embedding.position_embeddings.weight", POSITIONS, H)
+    for i in range(2):
+        whole.layer(f"encoder.layers.{i}")
+    whole.norm("encoder.final_layernorm")
+    for i in range(3):
+        whole.layer(f"decoder.layers.{i}", cross=True)
+    whole.norm("decoder.final_layernorm")
+    whole.add("lm_head.bias", VOCAB)
+    return whole
+
+
+def t5_chunk(whole: Whole, t: int, *, encoder: bool, decoder: range) -> dict[str, Any]:
+    """Megatron's nested state of the encoder or of some layers of the decoder, on rank t of 2."""
+    language: dict[str, Any] = {}
+    state: dict[str, Any] = {"language_model": language}
+    if encoder:
+        language["encoder"] = whole.stack("encoder.", range(2), INSIDE, t, 2)
+        language["encoder"] |= whole.pair("encoder.final_layernorm", "final_layernorm.")
+    if decoder:
+        language["decoder"] = whole.stack("decoder.", decoder, INSIDE_T5_DECODER, t, 2)
+    if encoder or decoder.start == 0:
+        language["embedding"] = embedding(whole, t, 2)
+    if decoder.stop == 3:
+        language["decoder"] |= whole.pair("decoder.final_layernorm", "final_layernorm.")
+        state["lm_head"] = {"bias": whole.piece("lm_head.bias", t, 2)}
+        if not encoder:
+            state["word_embeddings_for_head"] = {"weight": whole.piece("embedding.word_embeddings.weight", t, 2)}
+    return state
+
+
 def write_classic(
     directory: Path,
     args: argparse.Namespace,
@@ -230,3 +266,12 @@ def write_classic(
             torch.save(content if version is None else content | {"checkpoint_version": version}, file)
     (directory / "latest_checkpointed_iteration.txt").write_text("100")
     return directory / "iter_0000100"
+
+
+def is_whole(weights: Weights, whole: Whole) -> None:
+    """Every tensor and no other, bit by bit."""
+    assert sorted(weights.names) == sorted(whole.tensors)
+    for name, tensor in whole.tensors.items():
+        read = weights.read(name)
+        assert read.dtype == tensor.dtype, name
+        assert torch.equal(read, tensor), name

@@ -55,7 +55,6 @@ MODELS: Mapping[str, tuple[str, dict[str, Any]]] = MappingProxyType(
             | {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}},
         ),
         "mistral": ("Mistral", LLAMA | {"sliding_window": 9, "head_dim": 6}),
-        "mistral-no-window": ("Mistral", LLAMA | {"sliding_window": None}),
         "qwen2": ("Qwen2", LLAMA),
         "qwen2-window-tied": (
             "Qwen2",
@@ -65,8 +64,7 @@ MODELS: Mapping[str, tuple[str, dict[str, Any]]] = MappingProxyType(
         "qwen3": ("Qwen3", LLAMA | {"head_dim": 10}),
         "bloom": ("Bloom", {"vocab_size": 57, "hidden_size": 20, "n_layer": 3, "n_head": 5}),
         "bert": ("BertForPreTraining", BERT),
-        "bert-tanh": ("MegatronBertForPreTraining", BERT | {"hidden_act": "gelu_new", "layer_norm_eps": 1e-5}),
-        "megatron-bert": ("MegatronBertForPreTraining", BERT),
+        "megatron-bert": ("MegatronBertForPreTraining", BERT | {"hidden_act": "gelu_new", "layer_norm_eps": 1e-5}),
         "t5": ("T5", T5),
         "t5-1.1-tied": ("T5", T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
         "blenderbot": (

@@ -10,7 +10,9 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from megatron_ds.data.loader import MicrobatchLoader, gpt_batch
+from megatron_ds.data.batch import GPTBatch, collate_for, collate_gpt
+from megatron_ds.data.config import DataConfig
+from megatron_ds.data.loader import MicrobatchLoader
 from megatron_ds.errors import ConfigError, DataError
 
 EOD = 9
@@ -36,8 +38,18 @@ class Rows:
 
 def loader(rows: Rows, workers: int, consumed: int = 0, rank: int = 0) -> MicrobatchLoader:
     return MicrobatchLoader(
-        rows, consumed_samples=consumed, micro_batch_size=2, dp_rank=rank, dp_size=2, eod=None, num_workers=workers
+        rows,
+        consumed_samples=consumed,
+        micro_batch_size=2,
+        dp_rank=rank,
+        dp_size=2,
+        collate=collate_for("GPT", DataConfig(), None),
+        num_workers=workers,
     )
+
+
+def gpt_batch(rows: npt.NDArray[np.int64], eod: int, **options: bool) -> GPTBatch:
+    return collate_gpt(list(rows), DataConfig(**options), eod)
 
 
 def test_batch_by_hand() -> None:
@@ -97,11 +109,54 @@ def test_fault_in_a_thread_surfaces_in_its_turn(workers: int) -> None:
     batches.close()
 
 
+def test_documents_and_given_rows() -> None:
+    rows = np.array([[1, EOD, 2, 3, EOD, EOD, 4]])
+    assert gpt_batch(rows, EOD).documents is None
+    batch = gpt_batch(rows, EOD, reset_attention_mask=True)
+    assert batch.documents is not None and batch.documents.tolist() == [[0, 0, 1, 1, 1, 2]]
+    cut = batch.at(torch.tensor([1, 4]))
+    assert cut.tokens.tolist() == [[9, 9]] and cut.documents is batch.documents
+    given = {"tokens": np.array([1, 2]), "labels": np.array([2, 3]), "loss_mask": np.array([0, 1])}
+    found = collate_gpt([given], DataConfig(), None)
+    assert (found.tokens.tolist(), found.labels.tolist(), found.loss_mask.tolist()) == (
+        [[1, 2]],
+        [[2, 3]],
+        [[0.0, 1.0]],
+    )
+    assert found.position_ids.tolist() == [[0, 1]]
+    assert collate_gpt([{"text": np.array([4, 5, 6])}], DataConfig(), None).labels.tolist() == [[5, 6]]
+
+
+def test_bert_and_t5_batches_by_hand() -> None:
+    row = {
+        "text": np.array([2, 7, 3, 0]),
+        "types": np.array([0, 0, 0, 0]),
+        "labels": np.array([-1, 5, -1, -1]),
+        "is_random": 1,
+        "loss_mask": np.array([0, 1, 0, 0]),
+        "padding_mask": np.array([1, 1, 1, 0]),
+        "truncated": 0,
+    }
+    batch = collate_for("BERT", DataConfig(), None)([row, row])
+    assert batch.labels.tolist() == [[0, 5, 0, 0]] * 2 and batch.documents.tolist() == [[0, 0, 0, 1]] * 2
+    assert batch.num_targets().tolist() == [2, 2]
+    late = batch.at(torch.tensor([2, 3]))  # the part of a rank without the first position
+    assert late.num_targets().tolist() == [0, 0] and late.position_ids.tolist() == [[2, 3]] * 2
+    t5 = {
+        "text_enc": np.array([7, 9, 0]),
+        "text_dec": np.array([1, 9]),
+        "labels": np.array([9, -1]),
+        "loss_mask": np.array([1, 0]),
+        "enc_mask": np.array([1, 1, 0]),
+        "dec_mask": np.array([1, 1]),
+    }
+    both = collate_for("T5", DataConfig(), None)([t5])
+    assert both.labels.tolist() == [[9, 0]] and both.encoder_documents.tolist() == [[0, 0, 1]]
+
+
 def test_masks_need_an_end_of_document() -> None:
     with pytest.raises(ConfigError, match="--eod-mask-loss"):
-        MicrobatchLoader(
-            Rows(9), consumed_samples=0, micro_batch_size=1, dp_rank=0, dp_size=1, eod=None, eod_mask_loss=True
-        )
+        collate_for("GPT", DataConfig(eod_mask_loss=True), None)
 
 
 def test_close_ends_the_threads() -> None:

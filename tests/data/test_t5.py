@@ -10,7 +10,7 @@ import pytest
 
 from megatron_ds.data.config import DataConfig
 from megatron_ds.data.datasets import Datasets, build_t5_datasets
-from megatron_ds.data.t5 import largest_counts, span_counts
+from megatron_ds.data.t5 import T5SpanDataset, largest_counts, span_counts
 from megatron_ds.errors import ConfigError, DataError
 from tests.data.pairs import write_pair, write_sentences
 from tests.data.words import VOCAB, FakeTokenizer, sentence_documents
@@ -131,7 +131,7 @@ def test_rows_of_the_paper(prefix: str) -> None:
     """34 tokens of the row of shuffled documents: 29 and 2 sentinels and [EOS], and 5 and 2 sentinels and [EOS]."""
     documents = sentence_documents()
     dataset = build(prefix, mean_noise_span_length=3.0).train
-    assert dataset is not None and len(dataset) >= 100
+    assert isinstance(dataset, T5SpanDataset) and len(dataset) >= 100
     order, seen = dataset.texts.index.documents.tolist(), set()
     text = [t for d in order for sentence in documents[d] for t in sentence]
     for i in range(100):

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from megatron_ds.kernels.attention import ROWS, attention, causal_attention
+from megatron_ds.kernels.attention import ROWS, Pattern, attention, torch_attention
+from megatron_ds.kernels.mask import alibi_bias, alibi_slopes, relative_buckets, visible, with_bias
+
+Seen = Callable[[int, int, int], bool]
+"""(sample, query, key) -> whether it is seen."""
 
 
-def by_definition(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """softmax(q k^T / sqrt(d)) v, row by row."""
+def by_definition(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: Seen = lambda n, i, j: j <= i, scale: float | None = None
+) -> torch.Tensor:
+    """softmax(scale q k^T) v, row by row over the keys that a row sees."""
     s, b, a, d = q.shape
     out = torch.empty_like(q)
-    for row in range(s):
-        scores = torch.einsum("bad,tbad->tba", q[row], k[: row + 1]) / math.sqrt(d)
-        out[row] = torch.einsum("tba,tbad->bad", scores.softmax(0), v[: row + 1])
+    for n, row in itertools.product(range(b), range(s)):
+        keys = [j for j in range(len(k)) if seen(n, row, j)]
+        scores = torch.einsum("ad,tad->ta", q[row, n], k[keys, n]) * (scale or 1 / math.sqrt(d))
+        out[row, n] = torch.einsum("ta,tad->ad", scores.softmax(0), v[keys, n])
     return out.reshape(s, b, a * d)
 
 
@@ -37,8 +46,8 @@ def test_bf16_blocks_are_as_good_as_torchs(s: int, b: int, a: int, d: int) -> No
         return out.detach().double(), x.grad.double()
 
     true = run(by_definition, torch.float64)
-    ours = run(lambda q, k, v: attention(q, k, v, 0.0), torch.bfloat16)
-    torchs = run(lambda q, k, v: causal_attention(q, k, v, 0.0), torch.bfloat16)
+    ours = run(lambda q, k, v: attention(q, k, v, None, Pattern(), 0.0), torch.bfloat16)
+    torchs = run(lambda q, k, v: torch_attention(q, k, v, None, Pattern(), 0.0), torch.bfloat16)
     for found, peer, expected in zip(ours, torchs, true, strict=True):
         error, peers_error = ((t - expected).norm() / expected.norm() for t in (found, peer))
         assert error < 6e-3
@@ -49,7 +58,7 @@ def test_blocks_are_taken_for_short_bf16_on_cpu_only() -> None:
     def taken(s: int, dtype: torch.dtype, kv_heads: int, dropout: float) -> bool:
         q = torch.randn(s, 1, 2, 8, dtype=dtype, requires_grad=True)
         k = torch.randn(s, 1, kv_heads, 8, dtype=dtype)
-        node = attention(q, k, k, dropout).grad_fn
+        node = attention(q, k, k, None, Pattern(), dropout).grad_fn
         assert node is not None
         return "Blocks" in type(node).__name__
 
@@ -61,3 +70,75 @@ def test_blocks_are_taken_for_short_bf16_on_cpu_only() -> None:
         (64, torch.bfloat16, 2, 0.1),
     ):
         assert not taken(*other)
+
+
+DOCUMENTS = torch.tensor([[0] * 150, [0] * 100 + [1] * 50, [0, 0, 1] + [2] * 147])
+MASKS: dict[str, tuple[bool, int | None, torch.Tensor | None, Seen]] = {
+    "both ways": (False, None, None, lambda n, i, j: True),
+    "window": (True, 7, None, lambda n, i, j: 0 <= i - j <= 7),
+    "padding": (False, None, DOCUMENTS, lambda n, i, j: bool(DOCUMENTS[n, i] == DOCUMENTS[n, j])),
+    "documents": (True, None, DOCUMENTS, lambda n, i, j: j <= i and bool(DOCUMENTS[n, i] == DOCUMENTS[n, j])),
+    "all": (True, 7, DOCUMENTS, lambda n, i, j: 0 <= i - j <= 7 and bool(DOCUMENTS[n, i] == DOCUMENTS[n, j])),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", MASKS)
+def test_masks_and_scales_equal_the_definition(kind: str, dtype: torch.dtype) -> None:
+    causal, window, documents, seen = MASKS[kind]
+    torch.manual_seed(0)
+    q, k, v, upstream = (torch.randn(150, 3, 2, 8, dtype=torch.float64) for _ in range(4))
+    mask = visible(
+        150,
+        150,
+        causal=causal,
+        window=window,
+        query_documents=documents,
+        key_documents=documents,
+        device=torch.device("cpu"),
+    )
+
+    def run(function, dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [t.to(dtype, copy=True).requires_grad_() for t in (q, k, v)]
+        out = function(*leaves)
+        out.backward(upstream.to(dtype).flatten(2))
+        return [out.detach().double(), *(leaf.grad.double() for leaf in leaves if leaf.grad is not None)]
+
+    true = run(lambda q, k, v: by_definition(q, k, v, seen, 0.7), torch.float64)
+    found = run(lambda q, k, v: attention(q, k, v, mask, Pattern(causal, 0.7), 0.0), dtype)
+    limit = 1e-6 if dtype == torch.float32 else 2e-2
+    for ours, expected in zip(found, true, strict=True):
+        assert (ours - expected).norm() / expected.norm() < limit
+
+
+def test_no_mask_where_a_flag_says_it_all() -> None:
+    plain = {"query_documents": None, "key_documents": None, "device": torch.device("cpu")}
+    assert visible(5, 5, causal=True, window=None, **plain) is None
+    assert visible(5, 5, causal=True, window=4, **plain) is None
+    assert visible(5, 5, causal=False, window=None, **plain) is None
+    assert visible(5, 5, causal=True, window=3, **plain) is not None
+
+
+def test_alibi_slopes_by_hand() -> None:
+    assert alibi_slopes(4).tolist() == [2**-2, 2**-4, 2**-6, 2**-8]
+    # Three heads: those of two, then the first of every second of four.
+    assert alibi_slopes(3).tolist() == [2**-4, 2**-8, 2**-2]
+    assert alibi_bias(torch.tensor([0.5]), 3, 3).tolist() == [[[[0, 0.5, 1], [-0.5, 0, 0.5], [-1, -0.5, 0]]]]
+
+
+def test_buckets_by_hand() -> None:
+    """Eight buckets up to 16: 0 1 2 3 exact; 4-5, 6-7, 8-11 and 12 on by powers of sqrt(2) from 4."""
+    causal = relative_buckets(40, 40, bidirectional=False, buckets=8, max_distance=16, device=torch.device("cpu"))
+    assert causal[39].flip(0).tolist() == [0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 6, 6] + [7] * 28
+    assert not causal.triu().any()
+    both = relative_buckets(9, 9, bidirectional=True, buckets=8, max_distance=8, device=torch.device("cpu"))
+    # Four buckets each way: 0 1 exact; 2-3 and 4 on. Later keys have the upper four.
+    assert both[4].tolist() == [3, 2, 2, 1, 0, 5, 6, 6, 7]
+
+
+def test_a_bias_is_hidden_where_nothing_is_seen() -> None:
+    bias = torch.arange(4.0).view(1, 1, 2, 2).requires_grad_()
+    masked = with_bias(None, bias, causal=True)
+    assert masked.tolist() == [[[[0, -math.inf], [2, 3]]]]
+    masked[masked > -math.inf].sum().backward()
+    assert bias.grad is not None and bias.grad.tolist() == [[[[1, 0], [1, 1]]]]

@@ -40,7 +40,7 @@ class BertLayout(NamedTuple):
     def model(self) -> TransformerConfig:
         """A tiny one."""
         return BertConfig(
-            num_layers=5 if self.pp == "4" else 4,
+            num_layers=4,
             hidden=32,
             heads=8,
             kv_heads=8,
@@ -51,6 +51,11 @@ class BertLayout(NamedTuple):
             post_ln=self.norms == "post",
             binary_head=self.head == "binary",
         )
+
+    @classmethod
+    def parse(cls, line: str) -> BertLayout:
+        """Read a line of the table."""
+        return cls(*line.split())  # type: ignore[arg-type]
 
     def flags(self) -> list[str]:
         """What asks for it."""
@@ -118,6 +123,11 @@ class T5Layout(NamedTuple):
         }
         return kinds[self.kind]
 
+    @classmethod
+    def parse(cls, line: str) -> T5Layout:
+        """Read a line of the table."""
+        return cls(*line.split())  # type: ignore[arg-type]
+
     def flags(self) -> list[str]:
         """What asks for it."""
         split = [] if self.split == "-" else ["--pipeline-model-parallel-split-rank", self.split]
@@ -150,6 +160,11 @@ class KinLayout(NamedTuple):
     def model(self) -> TransformerConfig:
         """A tiny one."""
         return KIN[self.kind]
+
+    @classmethod
+    def parse(cls, line: str) -> KinLayout:
+        """Read a line of the table."""
+        return cls(*line.split())  # type: ignore[arg-type]
 
     def flags(self) -> list[str]:
         """What asks for it."""
@@ -216,13 +231,13 @@ tp  sp  pp  split  schedule     dp  zero  recompute  kind      layers  lengths  
 1   -   2   1      1f1b         1   0     -          megatron  2+2     32+16    padded  uneven
 1   -   2   -      zbh1         1   2     uniform    1.0       3+1     32+16    padded  uneven
 1   -   2   -      zbh1         2   0     -          1.1       2+2     16+32    exact   full
-1   -   2   -      interleaved  2   1     -          1.1       2+4     16+32    exact   uneven
-1   -   2   -      interleaved  1   0     block      megatron  3+3     32+16    padded  uneven
+1   -   2   -      interleaved  2   1     -          1.0       2+4     16+32    exact   uneven
+1   -   2   -      interleaved  1   0     block      megatron  2+3     32+16    padded  uneven
 1   -   2   1      gpipe        2   1     mlp        1.0       2+3     32+32    padded  uneven
 1   -   4   1      1f1b         1   2     host       1.0       1+3     32+16    exact   uneven
 1   -   4   2      zbh1         1   1     block      megatron  2+4     32+16    padded  uneven
 1   -   4   3      gpipe        1   0     selective  1.1       5+1     16+32    padded  uneven
-1   -   4   -      interleaved  1   1     -          1.0       4+4     32+16    padded  uneven
+1   -   4   -      interleaved  1   1     -          1.1       4+4     32+16    padded  uneven
 2   sp  2   -      zbh1         1   2     uniform    1.0       2+2     32+16    padded  uneven
 2   -   2   1      1f1b         1   1     spread     1.1       2+2     32+16    padded  uneven
 2   -   2   -      interleaved  2   2     selective  megatron  2+2     32+16    padded  uneven
@@ -246,13 +261,13 @@ tp  sp  cp    pp  schedule     dp  zero  recompute  kind      mask
 """
 
 
-def rows(table: str) -> list[list[str]]:
-    """The lines of a table without its head."""
-    return [line.split() for line in table.strip().splitlines()[1:]]
+def lines(table: str) -> list[str]:
+    """Of a table without its head."""
+    return table.strip().splitlines()[1:]
 
 
 LAYOUTS = [
-    *(BertLayout(*row) for row in rows(BERT_TABLE)),  # type: ignore[arg-type]
-    *(T5Layout(*row) for row in rows(T5_TABLE)),  # type: ignore[arg-type]
-    *(KinLayout(*row) for row in rows(KIN_TABLE)),  # type: ignore[arg-type]
+    *(BertLayout.parse(line) for line in lines(BERT_TABLE)),
+    *(T5Layout.parse(line) for line in lines(T5_TABLE)),
+    *(KinLayout.parse(line) for line in lines(KIN_TABLE)),
 ]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 import pretrain_gpt
-from megatron_ds.model import context_attention, linear
+from megatron_ds.data.batch import BERTBatch
+from megatron_ds.model import context_attention, linear, t5
+from megatron_ds.model.chunk import ModelChunk
+from megatron_ds.model.t5 import T5Model
 from megatron_ds.optim.buckets import Buckets
 from megatron_ds.optim.zero import Segment, ZeroOptimizer
 from megatron_ds.parallel.collectives import Done, all_reduce
@@ -86,6 +90,52 @@ def positions_not_balanced() -> None:
     """The ring is given contiguous parts of the sequence."""
     rightly = step.context_positions
     step.context_positions = lambda s, c, rank, ulysses: rightly(s, c, rank, True)
+
+
+def padding_seen() -> None:
+    """Nobody keeps attention off the padding."""
+    ModelChunk._mask = lambda self, length, causal, documents: None  # type: ignore[method-assign]
+
+
+def padding_of_the_encoder_seen() -> None:
+    """The encoder's own attention is right, the decoder's attention to it is not."""
+    t5._cross_mask = lambda decoder_tokens, encoder_documents: None
+
+
+def relative_tables_cut_off() -> None:
+    """The gradient of the relative positions stays on the stage that used them."""
+    unpack = T5Model._unpack
+
+    def detached(self: T5Model, stream: torch.Tensor, lengths: Any) -> Any:
+        source, target, tables = unpack(self, stream, lengths)
+        return source, target, tables and tuple(table.detach() for table in tables)
+
+    T5Model._unpack = detached  # type: ignore[method-assign]
+
+
+def memory_cut_off() -> None:
+    """The decoder's attention to the encoder gives it no gradient."""
+    run = ModelChunk._run
+
+    def detached(self: ModelChunk, layers: Any, x: Any, mask: Any, shared: Any, memory: Any = None, **more: Any) -> Any:
+        return run(self, layers, x, mask, shared, None if memory is None else memory.detach(), **more)
+
+    ModelChunk._run = detached  # type: ignore[method-assign]
+
+
+def losses_added_unweighted() -> None:
+    """The sum of both losses is divided by the number of masked words."""
+    step._loss_weights = lambda run, microbatches: torch.ones(2)
+
+
+def order_counted_by_every_part() -> None:
+    """Every part of a sequence asks for the order of its first position."""
+    rightly = BERTBatch.at
+
+    def at(self: BERTBatch, positions: torch.Tensor) -> BERTBatch:
+        return dataclasses.replace(rightly(self, positions), order_mask=self.order_mask)
+
+    BERTBatch.at = at  # type: ignore[method-assign]
 
 
 def train_with(

@@ -15,7 +15,7 @@ from tests.parity.layouts_models import (
     BertLayout,
     KinLayout,
     T5Layout,
-    rows,
+    lines,
 )
 from tests.parity.models import arguments
 
@@ -63,7 +63,7 @@ def test_five_steps_equal_the_oracle(layout: BertLayout | T5Layout | KinLayout) 
 def test_every_option_occurs(table: str) -> None:
     head = table.split("\n")[1].split()
     for option, wanted in OPTIONS[table].items():
-        assert {row[head.index(option)] for row in rows(table)} == set(wanted.split()), option
+        assert {line.split()[head.index(option)] for line in lines(table)} == set(wanted.split()), option
 
 
 def test_the_heads_of_the_tables_are_the_fields() -> None:

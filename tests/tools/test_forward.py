@@ -37,6 +37,9 @@ def inputs(kind: str) -> dict[str, torch.Tensor]:
     labels = torch.randint(VOCAB, (3, 5 if kind == "T5" else 9), generator=draw)
     labels[0, 2] = labels[1, 4:] = -100
     given = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    if kind == "T5":
+        given["decoder_attention_mask"] = torch.ones_like(labels)
+        given["decoder_attention_mask"][1, 4:] = 0
     if kind == "BERT":
         given["token_type_ids"] = (torch.arange(9) > torch.tensor([[3], [2], [5]])).long()
         given["next_sentence_label"] = torch.tensor([1, 0, 1])
@@ -65,7 +68,7 @@ def test_transformers_says_the_same(saved: dict[str, Path], tmp_path: Path, kind
     with torch.no_grad():
         theirs = model(**given)
     ours = run(tmp_path, saved[kind], given, "--micro-batch-size", 2)
-    real = slice(None) if kind == "T5" else given["attention_mask"].bool().numpy()
+    real = given["decoder_attention_mask" if kind == "T5" else "attention_mask"].bool().numpy()
     logits = theirs["prediction_logits"] if kind == "BERT" else theirs["logits"]
     np.testing.assert_allclose(ours["logits"][real], logits.numpy()[real], atol=TOLERANCE)
     assert ours["loss"].item() == pytest.approx(theirs["loss"].item(), abs=TOLERANCE)
@@ -140,6 +143,8 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("BERT", {"input_ids": IDS, "next_sentence_label": np.array([0])}, "next_sentence_label"),
     ("T5", {"input_ids": IDS}, "decoder_input_ids"),
     ("T5", {"input_ids": IDS, "labels": IDS[:1]}, "labels"),
+    ("T5", {"input_ids": IDS, "labels": IDS, "decoder_attention_mask": np.array([[0, 1, 1, 1]] * 2)}, "right"),
+    ("T5", {"input_ids": IDS, "labels": IDS, "decoder_attention_mask": np.array([[1, 1, 1, 0]] * 2)}, "-100"),
 ]
 
 
@@ -163,7 +168,7 @@ def test_wrong_files_and_layouts_are_told(saved: dict[str, Path], tmp_path: Path
     for change, code, told in (
         ({"--input": tmp_path / "none.npz"}, 3, "No such file"),
         ({"--input": tmp_path / "text.npz"}, 3, "no .npz"),
-        ({"--output": tmp_path / "none/out.npz"}, 3, "--output"),
+        ({"--output": tmp_path / "none/out.npz"}, 2, "--output"),
         ({"--load": tmp_path}, 4, "no checkpoint"),
         ({"--tensor-model-parallel-size": 2}, 2, "torchrun --nproc-per-node 2"),
         ({"--pipeline-model-parallel-size": 4}, 2, "3 layers"),

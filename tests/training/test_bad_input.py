@@ -89,7 +89,19 @@ CONFIG_CASES = {
     "wrong kind": Case({"num_layers": "many"}, ("--num-layers", "'many'")),
     "wrong choice": Case({"lr_decay_style": "cosin"}, ("--lr-decay-style", "'cosin'", "--lr-decay-style cosine")),
     "no value": Case({"seed": True}, ("--seed", "expected one argument")),
-    "absent feature": Case({"reset_attention_mask": True}, ("--reset-attention-mask", "not supported yet")),
+    "absent feature": Case({"kill_switch_path": "x"}, ("--kill-switch-path", "not supported yet")),
+    "another model's flag": Case({"decoder_seq_length": 8}, ("--decoder-seq-length", "a GPT model", "T5")),
+    "another recipe's preset": Case(
+        {"model_preset": "bert-base"}, ("--model-preset bert-base", "pretrain_bert.py --model-preset bert-base")
+    ),
+    "unknown preset": Case({"model_preset": "gpt2"}, ("--model-preset", "gpt2, which names no model", "gpt2-")),
+    "two activations": Case({"relu": True, "swiglu": True}, ("--swiglu and --relu", "one activation")),
+    "masks in the ring": Case(
+        {"context_parallel_size": 2, "reset_attention_mask": True},
+        ("--context-parallel-size", "--reset-attention-mask", "--ds-sequence-parallel-size 2"),
+        2,
+    ),
+    "no checkpoint to take from": Case({"use_checkpoint_args": True}, ("--use-checkpoint-args", "--load DIR")),
     "negative": Case({"num_workers": -1}, ("--num-workers", "-1", "at least 0")),
     "not a number": Case({"clip_grad": "nan"}, ("--clip-grad", "nan")),
     "seed": Case({"seed": 2**32}, ("--seed", "4294967295")),
