@@ -113,7 +113,7 @@ def differing(new: Config, old: Config) -> dict[str, Any]:
     return {
         f"{group}.{name}": value
         for group, fields in vars(new).items()
-        if group != "typed"
+        if group != "origins"
         for name, value in vars(fields).items()
         if value != vars(vars(old)[group])[name]
     }

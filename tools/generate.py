@@ -26,7 +26,7 @@ from megatron_ds.cli import Parser, arg
 from megatron_ds.data.tokenizer import Tokenizer
 from megatron_ds.errors import EXIT_OK, ConfigError, DataError
 from megatron_ds.training.inference import InferenceConfig, Trained, check_output, guarded, open_checkpoint
-from megatron_ds.training.sampling import SamplingConfig, answer_prompts, continue_prompts
+from megatron_ds.training.sampling import Ids, SamplingConfig, answer_prompts, continue_prompts
 
 SENTINEL = re.compile(r"<extra_id_(\d+)>")
 
@@ -83,7 +83,7 @@ def complete(
 ) -> list[dict[str, Any]]:
     """What a GPT makes of some prompts; `first` is the number of the first one."""
     ids = [tokenizer.tokenize(prompt) or [tokenizer.eod] for prompt in prompts]
-    added = continue_prompts(trained, ids, config, end=tokenizer.eod, first=first)
+    added = continue_prompts(trained, ids, config, Ids(tokenizer.eod, tokenizer.vocab_size), first)
     return [
         {"prompt": prompt, "text": prompt + _continuation(tokenizer, before, after), "tokens": after}
         for prompt, before, after in zip(prompts, ids, added, strict=True)
@@ -107,7 +107,7 @@ def answer(
     """What T5 makes of some prompts; `first` is the number of the first one."""
     ids = [encoder_ids(prompt, tokenizer) for prompt in prompts]
     begin = _decoder_start(tokenizer) if start is None else start
-    added = answer_prompts(trained, ids, config, start=begin, end=tokenizer.eos, first=first)
+    added = answer_prompts(trained, ids, config, Ids(tokenizer.eos, tokenizer.vocab_size), first, start=begin)
     return [
         {"prompt": prompt, "text": filled(prompt, after, tokenizer), "tokens": after}
         for prompt, after in zip(prompts, added, strict=True)

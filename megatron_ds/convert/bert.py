@@ -1,4 +1,4 @@
-"""BertForPreTraining (norms behind the residuals) and MegatronBertForPreTraining (norms before the branches).
+"""BERT with norms behind the residuals (BertFor...) or before the branches (MegatronBertFor...).
 
 Ours is one code for both: with --apply-residual-connection-post-layernorm the residual leaves behind the norm, so that
 the norm which BERT has behind a branch is the one that we have before the next.
@@ -10,16 +10,17 @@ from functools import partial
 from typing import Any
 
 from megatron_ds.convert.family import Family, Fields, activation_name, read_activation
-from megatron_ds.convert.rules import Rule, all_joined, both, same
+from megatron_ds.convert.rules import Rule, all_joined, beside_zeros, both, same
 from megatron_ds.model.config import TOKEN_TYPES, TransformerConfig
 
 
-def _config(fields: Fields, post_norm: bool) -> TransformerConfig:
+def _config(fields: Fields, post_norm: bool, binary_head: bool) -> TransformerConfig:
     fields.only("position_embedding_type", "absolute")
-    fields.only("type_vocab_size", TOKEN_TYPES)
+    fields.only("type_vocab_size", TOKEN_TYPES if binary_head else 1)
     fields.only("tie_word_embeddings", True)
     for name in ("is_decoder", "add_cross_attention"):
         fields.only(name, False)
+    activation = read_activation(fields, "hidden_act", "gelu")
     return TransformerConfig(
         model_type="BERT",
         num_layers=fields.size("num_hidden_layers"),
@@ -27,12 +28,14 @@ def _config(fields: Fields, post_norm: bool) -> TransformerConfig:
         num_attention_heads=fields.size("num_attention_heads"),
         ffn_hidden_size=fields.size("intermediate_size"),
         max_position_embeddings=fields.size("max_position_embeddings", default=512),
-        norm_epsilon=fields.get("layer_norm_eps", default=1e-12),
+        norm_epsilon=fields.number("layer_norm_eps", default=1e-12),
         apply_residual_connection_post_layernorm=post_norm,
-        attention_dropout=fields.get("attention_probs_dropout_prob", default=0.1),
-        hidden_dropout=fields.get("hidden_dropout_prob", default=0.1),
-        init_method_std=fields.get("initializer_range", default=0.02),
-        **read_activation(fields, "hidden_act", "gelu"),
+        bert_binary_head=binary_head,
+        attention_dropout=fields.number("attention_probs_dropout_prob", default=0.1),
+        hidden_dropout=fields.number("hidden_dropout_prob", default=0.1),
+        init_method_std=fields.number("initializer_range", default=0.02),
+        openai_gelu=activation.get("bias_gelu_fusion", False),  # the head's GELU too: over there they are one
+        **activation,
     )
 
 
@@ -45,7 +48,7 @@ def _fields(config: TransformerConfig, max_positions: int) -> dict[str, Any]:
         "max_position_embeddings": max_positions,
         "layer_norm_eps": config.norm_epsilon,
         "hidden_act": activation_name(config),
-        "type_vocab_size": TOKEN_TYPES,
+        "type_vocab_size": TOKEN_TYPES if config.bert_binary_head else 1,
         "position_embedding_type": "absolute",
         "attention_probs_dropout_prob": config.attention_dropout,
         "hidden_dropout_prob": config.hidden_dropout,
@@ -68,10 +71,13 @@ def _norms(layers: int, post_norm: bool) -> list[Rule]:
 
 def _rules(config: TransformerConfig) -> list[Rule]:
     assert config.num_layers and config.hidden_size
-    rules = [
-        same(f"embedding.{ours}_embeddings.weight", f"bert.embeddings.{theirs}_embeddings.weight")
-        for ours, theirs in (("word", "word"), ("position", "position"), ("tokentype", "token_type"))
-    ]
+    tables = [f"bert.embeddings.{kind}_embeddings.weight" for kind in ("word", "position", "token_type")]
+    rules = [same("embedding.word_embeddings.weight", tables[0])]
+    if config.bert_binary_head:
+        rules.append(same("embedding.position_embeddings.weight", tables[1]))
+        rules.append(same("embedding.tokentype_embeddings.weight", tables[2]))
+    else:
+        rules.append(beside_zeros("embedding.position_embeddings.weight", tables[1], tables[2]))
     for i in range(config.num_layers):
         ours, theirs = f"layers.{i}", f"bert.encoder.layer.{i}"
         qkv = [f"{theirs}.attention.self.{part}" for part in ("query", "key", "value")]
@@ -82,17 +88,18 @@ def _rules(config: TransformerConfig) -> list[Rule]:
     rules += _norms(config.num_layers, config.apply_residual_connection_post_layernorm)
     rules += both(same, "lm_head.dense", "cls.predictions.transform.dense")
     rules += both(same, "lm_head.norm", "cls.predictions.transform.LayerNorm")
-    rules += both(same, "pooler", "bert.pooler.dense")
-    rules += both(same, "binary_head", "cls.seq_relationship")
+    if config.bert_binary_head:
+        rules += both(same, "pooler", "bert.pooler.dense")
+        rules += both(same, "binary_head", "cls.seq_relationship")
     return [*rules, same("lm_head.bias", "cls.predictions.bias")]
 
 
-def _family(name: str, key: str, post_norm: bool) -> Family:
+def _family(name: str, key: str, *, post_norm: bool, binary_head: bool = True) -> Family:
     return Family(
         name=name,
         key=key,
         of="BERT",
-        config=partial(_config, post_norm=post_norm),
+        config=partial(_config, post_norm=post_norm, binary_head=binary_head),
         fields=_fields,
         rules=_rules,
         base="",
@@ -103,3 +110,5 @@ def _family(name: str, key: str, post_norm: bool) -> Family:
 
 BERT = _family("BertForPreTraining", "bert", post_norm=True)
 MEGATRON_BERT = _family("MegatronBertForPreTraining", "megatron-bert", post_norm=False)
+BERT_MASKED = _family("BertForMaskedLM", "bert", post_norm=True, binary_head=False)
+MEGATRON_BERT_MASKED = _family("MegatronBertForMaskedLM", "megatron-bert", post_norm=False, binary_head=False)

@@ -26,9 +26,9 @@ def _config(fields: Fields) -> TransformerConfig:
         ffn_hidden_size=ffn,
         max_position_embeddings=fields.size("max_position_embeddings", default=128),
         norm_epsilon=1e-5,  # the class has no field for it
-        attention_dropout=fields.get("attention_dropout", default=0.0),
-        hidden_dropout=fields.get("dropout", default=0.1),
-        init_method_std=fields.get("init_std", default=0.02),
+        attention_dropout=fields.number("attention_dropout", default=0.0),
+        hidden_dropout=fields.number("dropout", default=0.1),
+        init_method_std=fields.number("init_std", default=0.02),
         **read_activation(fields, "activation_function", "gelu"),
     )
 

@@ -18,11 +18,11 @@ def _config(fields: Fields) -> TransformerConfig:
         max_position_embeddings=fields.size("seq_length", default=2048),
         position_embedding_type="alibi",
         embed_layernorm=True,
-        norm_epsilon=fields.get("layer_norm_epsilon", default=1e-5),
+        norm_epsilon=fields.number("layer_norm_epsilon", default=1e-5),
         apply_residual_connection_post_layernorm=fields.get("apply_residual_connection_post_layernorm", default=False),
-        attention_dropout=fields.get("attention_dropout", default=0.0),
-        hidden_dropout=fields.get("hidden_dropout", default=0.0),
-        init_method_std=fields.get("initializer_range", default=0.02),
+        attention_dropout=fields.number("attention_dropout", default=0.0),
+        hidden_dropout=fields.number("hidden_dropout", default=0.0),
+        init_method_std=fields.number("initializer_range", default=0.02),
         untie_embeddings_and_output_weights=fields.untied,
     )
 

@@ -34,6 +34,16 @@ class Fields:
             raise self.misfit(names[0], value, "a positive whole number")
         return value
 
+    def number(self, name: str, default: float) -> float:
+        """A number.
+
+        Raises: CheckpointError
+        """
+        value = self.get(name, default=default)
+        if type(value) not in (int, float):
+            raise self.misfit(name, value, "a number")
+        return float(value)
+
     def only(self, name: str, *allowed: Any) -> None:
         """Refuse what is neither absent nor one of `allowed`.
 
@@ -101,28 +111,31 @@ def read_rope(fields: Fields, default_percent: float) -> dict[str, Any]:
 
     Raises: CheckpointError for a kind of scaling that we lack
     """
-    found = {**fields.get("rope_parameters", default={}), **fields.get("rope_scaling", default={})}
+    found: dict[str, Any] = {}
+    for name in ("rope_parameters", "rope_scaling"):
+        given = fields.get(name, default={})
+        if not isinstance(given, dict):
+            raise fields.misfit(name, given, "an object")
+        found |= given
     where = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
     kind = found.get("rope_type", found.get("type", "default"))
     theta = found.get("rope_theta", fields.get("rope_theta", "rotary_emb_base", default=10000.0))
     percent = found.get("partial_rotary_factor", fields.get("partial_rotary_factor", "rotary_pct"))
-    options = {
-        "position_embedding_type": "rope",
-        "rotary_base": float(theta),
-        "rotary_percent": default_percent if percent is None else float(percent),
-    }
+    options: dict[str, Any] = {"position_embedding_type": "rope"}
     try:
+        options["rotary_base"] = float(theta)
+        options["rotary_percent"] = default_percent if percent is None else float(percent)
         if kind == "linear":
             options["rotary_seq_len_interpolation_factor"] = float(found["factor"])
         elif kind == "llama3":
             options["use_rope_scaling"] = True
-            options["rope_scaling_original_max_position_embeddings"] = found["original_max_position_embeddings"]
+            options["rope_scaling_original_max_position_embeddings"] = int(found["original_max_position_embeddings"])
             for name in ("factor", "low_freq_factor", "high_freq_factor"):
                 options[f"rope_scaling_{name}"] = float(found[name])
         elif kind != "default":
             raise fields.misfit(f"{where}: rope_type", kind, "default, linear or llama3")
-    except KeyError as missing:
-        raise fields.misfit(f"{where}: {missing.args[0]}", None, f"a number, for rope_type {kind}") from None
+    except (KeyError, TypeError, ValueError) as wrong:
+        raise fields.misfit(where, wrong, f"numbers, all that rope_type {kind} has") from None
     return options
 
 

@@ -7,7 +7,7 @@ import re
 
 import torch
 
-from megatron_ds.convert.bert import BERT, MEGATRON_BERT
+from megatron_ds.convert.bert import BERT, BERT_MASKED, MEGATRON_BERT, MEGATRON_BERT_MASKED
 from megatron_ds.convert.blenderbot import BLENDERBOT
 from megatron_ds.convert.bloom import BLOOM
 from megatron_ds.convert.family import Family, Fields
@@ -17,9 +17,12 @@ from megatron_ds.convert.neox import NEOX
 from megatron_ds.convert.t5 import T5
 from megatron_ds.convert.weights import Weights
 from megatron_ds.errors import CheckpointError
-from megatron_ds.model.config import TransformerConfig
 
-FAMILIES = (GPT2, NEOX, LLAMA, MISTRAL, QWEN2, QWEN3, BLOOM, BERT, MEGATRON_BERT, T5, BLENDERBOT)
+FAMILIES = (
+    *(GPT2, NEOX, LLAMA, MISTRAL, QWEN2, QWEN3, BLOOM),
+    *(BERT, MEGATRON_BERT, BERT_MASKED, MEGATRON_BERT_MASKED),
+    *(T5, BLENDERBOT),
+)
 
 _NORM_WEIGHT = re.compile(r"(.*\.)?(\w*layernorm|norm)\.weight")
 
@@ -29,12 +32,13 @@ def family_of(fields: Fields) -> Family:
 
     Raises: CheckpointError for one that we do not read
     """
-    key = fields.get("model_type", default="")
-    for family in FAMILIES:
-        if family.key == key:
-            fields.only("quantization_config", None)
-            return family
-    raise fields.misfit("model_type", key, f"one of {', '.join(family.key for family in FAMILIES)}")
+    key, classes = fields.get("model_type", default=""), fields.get("architectures", default=[])
+    fitting = [family for family in FAMILIES if family.key == key]
+    if not fitting:
+        known = ", ".join(dict.fromkeys(family.key for family in FAMILIES))
+        raise fields.misfit("model_type", key, f"one of {known}")
+    fields.only("quantization_config", None)
+    return next((family for family in fitting if family.name in classes), fitting[0])
 
 
 def find_home(weights: Weights) -> Family:
@@ -73,20 +77,9 @@ def _misfit(family: Family, weights: Weights) -> str:
         back = family.config(Fields({**written, "tie_word_embeddings": not untied}, family.name, untied))
     except CheckpointError as error:
         return f"{error.subject.removeprefix(f'{family.name}: ')} {error.found}"
-    ours, theirs = _meaning(weights.config), _meaning(back)
+    ours, theirs = weights.config.architecture(), back.architecture()
     lost = [f"{flag} {ours[flag]} (it has {theirs[flag]})" for flag in ours if ours[flag] != theirs[flag]]
-    return "; ".join(lost)
-
-
-def _meaning(config: TransformerConfig) -> dict[str, object]:
-    """The architecture without what makes no difference to the numbers of this model."""
-    facts = config.architecture()
-    if config.model_type != "BERT" and config.activation not in ("gelu", "gelu_tanh", "geglu"):
-        config = dataclasses.replace(config, bias_gelu_fusion=True)
-        facts = config.architecture()
-    if config.model_type != "BERT":
-        facts.pop("--bert-no-binary-head")
-    return facts
+    return "; ".join(lost[:4]) + (f"; {len(lost) - 4} more" if len(lost) > 4 else "")
 
 
 def folded(weights: Weights) -> Weights:

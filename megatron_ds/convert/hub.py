@@ -128,7 +128,12 @@ def load_hf(directory: str | Path) -> Weights:
 
     def read(name: str) -> torch.Tensor:
         rule = rules[name]
-        return rule.of_theirs([folder.read(stored[theirs]) for theirs in rule.theirs])
+        found = [folder.read(stored[theirs]) for theirs in rule.theirs]
+        try:
+            return rule.of_theirs(found)
+        except RuntimeError:
+            shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in zip(rule.theirs, found, strict=True))
+            raise CheckpointError(str(folder.path), shapes, f"shapes that fit {where}") from None
 
     table = folder.read(stored[family.embedding])
     assert config.max_position_embeddings

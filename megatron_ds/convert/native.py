@@ -67,7 +67,8 @@ def save_native(weights: Weights, directory: Path) -> None:
 
     Raises: CheckpointError if the tensors are not those of the model that the config describes
     """
-    save(directory, weights.iteration, _pieces(weights), _state(weights), Axis.solo("world"))
+    pieces = list(_pieces(weights))  # whatever is wrong with them is found before anything is written
+    save(directory, weights.iteration, pieces, _state(weights), Axis.solo("world"))
 
 
 def _pieces(weights: Weights) -> Iterator[Piece]:

@@ -78,6 +78,20 @@ def repeated(ours: str, theirs: Sequence[str]) -> Rule:
     return Rule(ours, tuple(theirs), of_theirs, lambda tensor: [tensor] * len(theirs))
 
 
+def beside_zeros(ours: str, theirs: str, zeros: str) -> Rule:
+    """A matrix, next to a row of the same width that is always added over there and must be 0.
+
+    Raises: CheckpointError from of_theirs if it is not
+    """
+
+    def of_theirs(found: Sequence[T]) -> T:
+        if found[1].any():
+            raise CheckpointError(zeros, "numbers", "zeros: here is nothing to add", "this model has no place here")
+        return found[0]
+
+    return Rule(ours, (theirs, zeros), of_theirs, lambda tensor: [tensor, tensor.new_zeros(1, tensor.shape[1])])
+
+
 def both(make: Callable[[str, str], Rule], ours: str, theirs: str, bias: bool = True) -> list[Rule]:
     """One rule for the weight and, with bias, one for the bias of a module."""
     return [make(f"{ours}.{kind}", f"{theirs}.{kind}") for kind in (("weight", "bias") if bias else ("weight",))]

@@ -10,7 +10,7 @@ from megatron_ds.model.config import TransformerConfig
 
 _PROJECTIONS: dict[str, dict[str, Any]] = {
     "relu": {"relu": True},
-    "gelu_new": {"bias_gelu_fusion": True},
+    "gelu_new": {"openai_gelu": True},  # without a bias there is no fused GELU
     "gelu": {"bias_gelu_fusion": False},
     "gated-gelu": {"glu_activation": "geglu"},  # the class computes gelu_new for this name
     "gated-gelu_new": {"glu_activation": "geglu"},
@@ -47,12 +47,12 @@ def _config(fields: Fields) -> TransformerConfig:
         relative_attention_max_distance=fields.size("relative_attention_max_distance", default=128),
         softmax_scale=1.0,
         normalization="RMSNorm",
-        norm_epsilon=fields.get("layer_norm_epsilon", default=1e-6),
+        norm_epsilon=fields.number("layer_norm_epsilon", default=1e-6),
         add_bias_linear=False,
         lm_head_bias=False,
         scale_decoder_outputs=scaled,
-        attention_dropout=fields.get("dropout_rate", default=0.1),
-        hidden_dropout=fields.get("dropout_rate", default=0.1),
+        attention_dropout=fields.number("dropout_rate", default=0.1),
+        hidden_dropout=fields.number("dropout_rate", default=0.1),
         untie_embeddings_and_output_weights=fields.untied,
         **_PROJECTIONS[projection],
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ds import log
+from megatron_ds.convert.sentencepiece_json import as_tokenizer_json
 from megatron_ds.convert.weights import Weights
 from megatron_ds.data.config import TokenizerConfig
 from megatron_ds.data.tokenizer import Tokenizer, build_tokenizer
@@ -111,8 +112,8 @@ def write_out(weights: Weights, directory: Path) -> None:
         (directory / "vocab.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")
     elif config.tokenizer_type == "GPT2BPETokenizer" and not (directory / "tokenizer.json").exists():
         _write_gpt2(tokenizer, directory)
-    elif (directory / "tokenizer.model").exists():
-        _describe(directory, "LlamaTokenizer", add_bos_token=config.tokenizer_type == "Llama2Tokenizer", legacy=True)
+    elif not (directory / "tokenizer.json").exists():
+        _write_sentencepiece(config, tokenizer, directory)
     else:
         _describe(directory, "PreTrainedTokenizerFast", eos_token=tokenizer.detokenize([tokenizer.eod]))
 
@@ -212,6 +213,24 @@ def _write_gpt2(tokenizer: Tokenizer, directory: Path) -> None:
     library.add_special_tokens([end, *_added(tokenizer, library.get_vocab_size(with_added_tokens=False))])
     library.save(str(directory / "tokenizer.json"))
     _describe(directory, "PreTrainedTokenizerFast", bos_token=end, eos_token=end, unk_token=end)
+
+
+def _write_sentencepiece(config: TokenizerConfig, tokenizer: Tokenizer, directory: Path) -> None:
+    """tokenizer.json of a SentencePiece model, where it can be written as one."""
+    from sentencepiece import SentencePieceProcessor
+
+    path = _files(config)["tokenizer_model"]
+    model: Any = SentencePieceProcessor(model_file=str(path))
+    own = model.get_piece_size()
+    with_bos = config.tokenizer_type == "Llama2Tokenizer"
+    text = as_tokenizer_json(path, _added(tokenizer, own), begins_with_bos=with_bos)
+    if text is None:
+        log.warn(f"the export has no tokenizer.json: {path} is of a type that it cannot express")
+        return
+    (directory / "tokenizer.json").write_text(text, encoding="utf-8")
+    ids = {"unk": model.unk_id(), "bos": model.bos_id(), "eos": model.eos_id(), "pad": model.pad_id()}
+    named = {f"{role}_token": model.id_to_piece(token) for role, token in ids.items() if token >= 0}
+    _describe(directory, "PreTrainedTokenizerFast", **named)
 
 
 def _describe(directory: Path, kind: str, **facts: Any) -> None:

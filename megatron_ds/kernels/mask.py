@@ -3,34 +3,57 @@
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 
+Mask = Any
+"""A tensor [b or 1, a or 1, sq, sk], booleans (what is seen) or numbers (what is added to scores), or what a kernel
+that never looks at whole matrices has in its place."""
 
-def visible(
-    queries: int,
-    keys: int,
-    *,
-    causal: bool,
-    window: int | None,
-    query_documents: torch.Tensor | None,
-    key_documents: torch.Tensor | None,
-    device: torch.device,
-) -> torch.Tensor | None:
-    """Which keys a query sees: none later (causal), at most `window` earlier ones, only those of its own document.
 
-    None where there is nothing to hide, or nothing but later keys.
-    Shapes: documents [b, queries] and [b, keys] -> [b or 1, 1, queries, keys], booleans
+class Rule(NamedTuple):
+    """What a query sees: none of the later keys (causal), at most `window` earlier ones, its own document only.
+
+    Shapes: documents [b, queries] and [b, keys]
     """
-    seen: torch.Tensor | None = None
-    if query_documents is not None and key_documents is not None:
-        seen = (query_documents.unsqueeze(2) == key_documents.unsqueeze(1)).unsqueeze(1)
-    if window is not None and window < keys - 1:
-        near = (_distances(queries, keys, device) <= window)[None, None]
-        seen = near if seen is None else seen & near
-    if seen is None or not causal:
-        return seen
-    return seen & (_distances(queries, keys, device) >= 0)
+
+    queries: int
+    keys: int
+    causal: bool
+    window: int | None = None
+    query_documents: torch.Tensor | None = None
+    key_documents: torch.Tensor | None = None
+    device: torch.device = torch.device("cpu")
+
+    @classmethod
+    def of_padding(cls, query_documents: torch.Tensor, key_documents: torch.Tensor) -> Rule:
+        """Both ways, but only within documents (of which padding is one)."""
+        lengths = query_documents.shape[1], key_documents.shape[1]
+        return cls(*lengths, False, None, query_documents, key_documents, key_documents.device)
+
+    @property
+    def is_plain(self) -> bool:
+        """True where there is nothing to hide, or nothing but later keys."""
+        return self.query_documents is None and (self.window is None or self.window >= self.keys - 1)
+
+
+def visible(rule: Rule) -> torch.Tensor | None:
+    """Which keys a query sees; None where the rule is plain.
+
+    Shapes: -> [b or 1, 1, queries, keys], booleans
+    """
+    if rule.is_plain:
+        return None
+    distances = _distances(rule.queries, rule.keys, rule.device)[None, None]
+    seen = torch.ones_like(distances, dtype=torch.bool)
+    if rule.causal:
+        seen = distances >= 0
+    if rule.window is not None:
+        seen = seen & (distances <= rule.window)
+    if rule.query_documents is not None and rule.key_documents is not None:
+        seen = seen & (rule.query_documents.unsqueeze(2) == rule.key_documents.unsqueeze(1)).unsqueeze(1)
+    return seen
 
 
 def with_bias(seen: torch.Tensor | None, bias: torch.Tensor, causal: bool) -> torch.Tensor:

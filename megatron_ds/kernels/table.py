@@ -8,7 +8,8 @@ from types import MappingProxyType
 
 import torch
 
-from megatron_ds.kernels import activation, attention, dropout_add, norm, rope
+from megatron_ds.kernels import activation, attention, dropout_add, flex, norm, rope
+from megatron_ds.kernels import mask as masks
 
 Tensor = torch.Tensor
 Activations = Mapping[str, Callable[[Tensor], Tensor]]
@@ -38,5 +39,13 @@ class Kernels:
     rms_norm: Callable[[Tensor, Tensor, Tensor | None, float], Tensor] = norm.rms_norm
     activations: Activations = field(default_factory=_activations)
     rope: Callable[[Tensor, Tensor], Tensor] = rope.apply_rope
-    attention: Callable[[Tensor, Tensor, Tensor, Tensor | None, attention.Pattern, float], Tensor] = attention.attention
+    mask: Callable[[masks.Rule], masks.Mask | None] = masks.visible
+    attention: Callable[[Tensor, Tensor, Tensor, masks.Mask | None, attention.Pattern, float], Tensor] = (
+        attention.attention
+    )
     bias_dropout_add: Callable[[Tensor, Tensor | None, Tensor, float], Tensor] = dropout_add.bias_dropout_add
+
+    @classmethod
+    def on(cls, device: torch.device) -> Kernels:
+        """The table for a device."""
+        return cls(mask=flex.flex_mask, attention=flex.flex) if flex.can_compile(device) else cls()

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from megatron_ds.kernels.attention import Pattern
+from megatron_ds.kernels.mask import Mask
 from megatron_ds.model.config import TransformerConfig
 from megatron_ds.model.context_attention import ring_attention, ulysses_attention
 from megatron_ds.model.linear import ColumnParallelLinear, RowParallelLinear
@@ -60,17 +61,26 @@ class Attention(nn.Module):
         shares = [width // self.runtime.shards.tp.size for width in widths]
         return [t.view(s, b, -1, self.head_size) for t in fused.split(shares, dim=-1)]
 
-    def _project(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        core = recomputed(self._core, self.runtime, q, k, v, mask) if self.recomputes else self._core(q, k, v, mask)
+    def _project(self, mask: Mask | None, *tensors: torch.Tensor | None) -> torch.Tensor:
+        run = partial(self._core, mask)
+        core = recomputed(run, self.runtime, *tensors) if self.recomputes else run(*tensors)  # type: ignore[arg-type]
         out: torch.Tensor = self.linear_proj(core)
         return out
 
-    def _core(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """softmax(q k^T + mask) v over the whole sequence.
+    def _core(
+        self,
+        mask: Mask | None,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """softmax(q k^T + mask) v over the whole sequence; a bias has the mask in it.
 
         Shapes: q [sq/cp, b, a/tp, d], k and v [sk/cp, b, k/tp, d] -> [sq/cp, b, a*d/tp]
         """
         shards = self.runtime.shards
+        mask = mask if bias is None else bias
         if shards.cp.size == 1:
             return self._attend(mask, q, k, v)
         if shards.ulysses:
@@ -79,7 +89,7 @@ class Attention(nn.Module):
         # The backward draws the masks again, when the streams stand at another micro-batch.
         return ring_attention(q, k, v, shards.cp, self._dropout, partial(self._enter, self.runtime.streams.sample))
 
-    def _attend(self, mask: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def _attend(self, mask: Mask | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Attention over a sequence that is all here."""
         if self._dropout:
             self._enter(self.runtime.streams.sample, 0)
@@ -117,14 +127,16 @@ class SelfAttention(Attention):
             self.q_layernorm, self.k_layernorm = Norm(config, **head), Norm(config, **head)
         self.linear_proj = self._row(config, **factory)
 
-    def forward(self, x: torch.Tensor, rope: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor:
-        """Attend to what the mask leaves."""
+    def forward(
+        self, x: torch.Tensor, rope: torch.Tensor | None, mask: Mask | None, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Attend to what the mask leaves, or, with a learned bias, to what that leaves."""
         q, k, v = self._heads(self.linear_qkv(x), self.width, self.kv_width, self.kv_width)
         if self.q_layernorm is not None and self.k_layernorm is not None:
             q, k = self.q_layernorm(q), self.k_layernorm(k)
         if rope is not None:
             q, k = self.runtime.kernels.rope(q, rope), self.runtime.kernels.rope(k, rope)
-        return self._project(q, k, v, mask)
+        return self._project(mask, q, k, v, bias)
 
 
 class CrossAttention(Attention):
@@ -142,8 +154,8 @@ class CrossAttention(Attention):
         self.linear_kv = self._column(config, (self.kv_width, self.kv_width), **factory)
         self.linear_proj = self._row(config, **factory)
 
-    def forward(self, x: torch.Tensor, memory: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, memory: torch.Tensor, mask: Mask | None) -> torch.Tensor:
         """Attend to the positions of `memory` that the mask leaves."""
         (q,) = self._heads(self.linear_q(x), self.width)
         k, v = self._heads(self.linear_kv(memory), self.kv_width, self.kv_width)
-        return self._project(q, k, v, mask)
+        return self._project(mask, q, k, v)

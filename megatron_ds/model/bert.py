@@ -54,8 +54,8 @@ class BertModel(ModelChunk):
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         x = self.embedding(tokens.t(), positions.t(), token_types.t()) if upstream is None else upstream
-        mask = self._mask(tokens.shape[1], False, documents)
-        x = self._run(list(self.layers.values()), x, mask, Shared(self._rope(positions)))
+        shared = Shared(self._rope(positions), self._mask(tokens.shape[1], False, documents))
+        x = self._run(list(self.layers.values()), x, shared)
         if not self.stage.is_last:
             return x
         x = self.final_layernorm(x)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from megatron_ds.kernels.mask import alibi_bias, alibi_slopes, visible, with_bias
+from megatron_ds.kernels.mask import Mask, Rule, alibi_bias, alibi_slopes, visible, with_bias
 from megatron_ds.kernels.rope import RopeScaling, rope_frequencies, rope_table
 from megatron_ds.model.config import TransformerConfig
 from megatron_ds.model.embedding import Embedding, OutputLayer, TiedHead, Vocab
@@ -93,7 +93,7 @@ class ModelChunk(nn.Module):
         frequencies = rope_frequencies(c.rotated, c.rotary_base, interpolation, stretch if c.use_rope_scaling else None)
         return rope_table(positions.t(), frequencies.to(positions.device), self.dtype)
 
-    def _mask(self, length: int, causal: bool, documents: torch.Tensor | None) -> torch.Tensor | None:
+    def _mask(self, length: int, causal: bool, documents: torch.Tensor | None) -> Mask | None:
         """What self-attention over the whole sequence adds to scores, or which keys it sees.
 
         Shapes: documents [b, s] -> [b or 1, heads or 1, s, s]
@@ -102,38 +102,31 @@ class ModelChunk(nn.Module):
         ways = shards.cp.size if shards.ulysses else 1
         length *= ways
         device = next(self.parameters()).device if documents is None else documents.device
-        seen = visible(
-            length,
-            length,
-            causal=causal,
-            window=config.window_size,
-            query_documents=documents,
-            key_documents=documents,
-            device=device,
-        )
+        rule = Rule(length, length, causal, config.window_size, documents, documents, device)
         if config.positions != "alibi":
-            return seen
+            return self.runtime.kernels.mask(rule)
         assert config.num_attention_heads
         slopes = alibi_slopes(config.num_attention_heads).to(device)
         mine = slopes.chunk(shards.tp.size)[shards.tp.rank].chunk(ways)[shards.cp.rank if ways > 1 else 0]
-        return with_bias(seen, alibi_bias(mine, length, length), causal).to(self.dtype)
+        return with_bias(visible(rule), alibi_bias(mine, length, length), causal).to(self.dtype)
 
     def _run(
         self,
         layers: Sequence[nn.Module],
         x: torch.Tensor,
-        mask: torch.Tensor | None,
         shared: Shared,
+        *,
+        bias: torch.Tensor | None = None,
         memory: torch.Tensor | None = None,
         skipped: int = 0,
     ) -> torch.Tensor:
         """Through all layers of one stack, those that are recomputed in their groups.
 
-        skipped: layers of the chunk that came before.
+        bias: a learned one of self-attention. skipped: layers of the chunk that came before.
         """
         for group, recompute in self._groups(layers, skipped):
             run = partial(_through, group, shared)
-            x = recomputed(run, self.runtime, x, memory, mask, streams=2) if recompute else run(x, memory, mask)
+            x = recomputed(run, self.runtime, x, memory, bias, streams=2) if recompute else run(x, memory, bias)
         return x
 
     def _groups(self, layers: Sequence[nn.Module], skipped: int) -> Iterator[tuple[Sequence[nn.Module], bool]]:
@@ -199,8 +192,8 @@ def _through(
     shared: Shared,
     x: torch.Tensor,
     memory: torch.Tensor | None,
-    mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
 ) -> torch.Tensor:
     for layer in layers:
-        x = layer(x, memory, mask, shared)
+        x = layer(x, memory, bias, shared)
     return x

@@ -29,7 +29,6 @@ def _window(text: str) -> int:
 
 ModelType = Literal["GPT", "BERT", "T5"]
 Activation = Literal["gelu_tanh", "gelu", "relu", "squared_relu", "swiglu", "geglu", "reglu", "liglu"]
-POSITIONS = ("learned_absolute", "rope", "alibi", "relative", "none")
 TOKEN_TYPES = 2
 """Segments of a BERT sample."""
 
@@ -96,7 +95,7 @@ class TransformerConfig:
     bias_gelu_fusion: bool = arg(
         True, "GELU by erf instead of its tanh form, as without Megatron's fused kernel.", "--no-bias-gelu-fusion"
     )
-    openai_gelu: bool = arg(False, "GELU in its tanh form even with --no-bias-gelu-fusion.")
+    openai_gelu: bool = arg(False, "GELU in its tanh form even with --no-bias-gelu-fusion, and in BERT's head.")
     add_bias_linear: bool = arg(True, "No biases in linear layers.", "--disable-bias-linear")
     add_qkv_bias: bool = arg(False, "A bias on queries, keys and values even with --disable-bias-linear.")
     untie_embeddings_and_output_weights: bool = arg(False, "Give the output layer a matrix of its own.")
@@ -145,10 +144,11 @@ class TransformerConfig:
     @property
     def activation(self) -> Activation:
         """What the MLP computes between its matrices."""
-        gelu: Activation = "gelu_tanh" if self.bias_gelu_fusion or self.openai_gelu else "gelu"
         if self.swiglu or self.glu_activation:
             return self.glu_activation or "swiglu"
-        return "relu" if self.relu else "squared_relu" if self.squared_relu else gelu
+        if self.relu or self.squared_relu:
+            return "relu" if self.relu else "squared_relu"
+        return "gelu" if self.exact_gelu else "gelu_tanh"
 
     @property
     def gated(self) -> bool:
@@ -157,8 +157,14 @@ class TransformerConfig:
 
     @property
     def exact_gelu(self) -> bool:
-        """True for GELU by erf, gated or not."""
-        return not (self.bias_gelu_fusion or self.openai_gelu)
+        """True for GELU by erf; Megatron's kernel of the tanh form needs a bias to fuse."""
+        fused = self.bias_gelu_fusion and (self.add_bias_linear or self.gated)
+        return not (fused or self.openai_gelu)
+
+    @property
+    def kernel(self) -> str:
+        """The activation's name in the table of kernels: there GELU by erf is plain, its tanh form is said."""
+        return "geglu_tanh" if self.activation == "geglu" and not self.exact_gelu else self.activation
 
     @property
     def ffn_size(self) -> int:
@@ -170,7 +176,7 @@ class TransformerConfig:
 
     @property
     def positions(self) -> str:
-        """How positions come in: one of POSITIONS."""
+        """How positions come in: learned_absolute, rope, alibi, relative or none."""
         return "rope" if self.use_rotary_position_embeddings else self.position_embedding_type
 
     @property
@@ -225,7 +231,8 @@ class TransformerConfig:
             "--use-parallel-residual": self.use_parallel_residual,
             "--embed-layernorm": self.embed_layernorm,
             "--qk-layernorm": self.qk_layernorm,
-            "activation (--swiglu, --no-bias-gelu-fusion, --relu ...)": (self.activation, self.exact_gelu),
+            "activation (--swiglu, --no-bias-gelu-fusion, --relu ...)": self.kernel,
+            "--openai-gelu": self.openai_gelu if self.model_type == "BERT" else None,
             "--disable-bias-linear": not self.add_bias_linear,
             "--add-qkv-bias": self.add_bias_linear or self.add_qkv_bias,
             "--untie-embeddings-and-output-weights": self.untie_embeddings_and_output_weights,

@@ -42,8 +42,8 @@ class GPTModel(ModelChunk):
     ) -> torch.Tensor:
         """Run this chunk."""
         x = self.embedding(tokens.t(), positions.t()) if upstream is None else upstream
-        mask = self._mask(tokens.shape[1], True, documents)
-        x = self._run(list(self.layers.values()), x, mask, Shared(self._rope(positions)))
+        shared = Shared(self._rope(positions), self._mask(tokens.shape[1], True, documents))
+        x = self._run(list(self.layers.values()), x, shared)
         if not self.stage.is_last:
             return x
         logits = self._logits(self.final_layernorm(x))

@@ -49,7 +49,7 @@ class MaskedLMHead(LogitBias):
         super().__init__(config, vocab, runtime=runtime, **factory)
         assert config.hidden_size
         self.dense = ReplicatedLinear(config.hidden_size, config.hidden_size, init=init, runtime=runtime, **factory)
-        self.activation = runtime.kernels.activations["gelu" if config.exact_gelu else "gelu_tanh"]
+        self.activation = runtime.kernels.activations["gelu_tanh" if config.openai_gelu else "gelu"]
         self.norm = Norm(config, runtime=runtime, **factory)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from megatron_ds.kernels.mask import Mask
 from megatron_ds.model.attention import CrossAttention, SelfAttention
 from megatron_ds.model.config import TransformerConfig
 from megatron_ds.model.mlp import MLP
@@ -18,11 +19,12 @@ from megatron_ds.model.runtime import Runtime
 class Shared(NamedTuple):
     """What all layers of a stack look at besides the residual stream, and what needs no gradient.
 
-    Shapes: rope [2, s, b, 1, rotated], cross_mask [b, 1, sd, se]
+    Shapes: rope [2, s, b, 1, rotated], mask [b or 1, heads or 1, s, s], cross_mask [b, 1, sd, se]
     """
 
     rope: torch.Tensor | None = None
-    cross_mask: torch.Tensor | None = None
+    mask: Mask | None = None
+    cross_mask: Mask | None = None
 
 
 class TransformerLayer(nn.Module):
@@ -60,11 +62,11 @@ class TransformerLayer(nn.Module):
         self.recomputes_mlp = recompute.granularity == "selective" and "mlp" in recompute.recompute_modules
 
     def forward(
-        self, x: torch.Tensor, memory: torch.Tensor | None, mask: torch.Tensor | None, shared: Shared
+        self, x: torch.Tensor, memory: torch.Tensor | None, bias: torch.Tensor | None, shared: Shared
     ) -> torch.Tensor:
-        """All residual branches; `mask` is that of the self-attention."""
+        """All residual branches; `bias` is a learned one of the self-attention, in place of its mask."""
         normed = self.input_layernorm(x)
-        branch = self.self_attention(normed, shared.rope, mask)
+        branch = self.self_attention(normed, shared.rope, shared.mask, bias)
         start = x
         x = self._add(branch, self.self_attention.linear_proj.bias, self._residual(x, normed), "proj")
         if memory is not None:

@@ -25,8 +25,7 @@ class MLP(nn.Module):
         super().__init__()
         assert config.hidden_size
         f, std = config.ffn_size, config.init_method_std
-        name = "geglu_tanh" if config.activation == "geglu" and not config.exact_gelu else config.activation
-        self.activation = runtime.kernels.activations[name]
+        self.activation = runtime.kernels.activations[config.kernel]
         self.linear_fc1 = ColumnParallelLinear(
             config.hidden_size,
             (f, f) if config.gated else (f,),

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megatron_ds.kernels.mask import relative_buckets, visible, with_bias
+from megatron_ds.kernels.mask import Rule, relative_buckets, visible, with_bias
 from megatron_ds.model.chunk import Lengths, ModelChunk, Stage
 from megatron_ds.model.config import TransformerConfig
 from megatron_ds.model.embedding import RelativeBias, Vocab
@@ -92,14 +92,18 @@ class T5Model(ModelChunk):
             source, target, tables = self._unpack(upstream, lengths)
         encoder, decoder = list(self.encoder.layers.values()), list(self.decoder.layers.values())
         if encoder:
-            mask = self._encoder_mask(encoder_documents, tables)
-            source = self._run(encoder, source, mask, Shared(self._rope(_count(encoder_tokens))))
+            rule = Rule.of_padding(encoder_documents, encoder_documents)
+            bias = self._bias(tables, rule)
+            shared = Shared(self._rope(_count(encoder_tokens)), None if tables else self.runtime.kernels.mask(rule))
+            source = self._run(encoder, source, shared, bias=bias)
         if self.encoder.final_layernorm is not None:
             source = self.encoder.final_layernorm(source).to(source.dtype)
         if decoder:
-            shared = Shared(self._rope(_count(decoder_tokens)), _cross_mask(decoder_tokens, encoder_documents))
-            mask = self._decoder_mask(lengths.decoder, tables)
-            target = self._run(decoder, target, mask, shared, source, skipped=len(encoder))
+            cross = Rule.of_padding(torch.zeros_like(decoder_tokens), encoder_documents)
+            shared = Shared(self._rope(_count(decoder_tokens)), cross_mask=self.runtime.kernels.mask(cross))
+            # Padding of the decoder needs no mask: it follows the tokens, which see nothing later.
+            bias = self._bias(tables, Rule(lengths.decoder, lengths.decoder, True, device=target.device))
+            target = self._run(decoder, target, shared, bias=bias, memory=source, skipped=len(encoder))
         if not self.stage.is_last:
             return self._pack(source, target, tables)
         assert self.decoder.final_layernorm is not None
@@ -147,25 +151,24 @@ class T5Model(ModelChunk):
         heads = self.config.num_attention_heads // self.runtime.shards.tp.size
         return torch.Size((self.config.relative_attention_num_buckets, heads))
 
-    def _encoder_mask(self, documents: torch.Tensor, tables: Tables | None) -> torch.Tensor | None:
-        seen = self._mask(documents.shape[1], False, documents)
-        return seen if tables is None else with_bias(seen, self._bias(tables[0], documents.shape[1], True), False)
+    def _bias(self, tables: Tables | None, rule: Rule) -> torch.Tensor | None:
+        """What relative positions add to scores, -inf where the rule hides a key; causal is the decoder.
 
-    def _decoder_mask(self, length: int, tables: Tables | None) -> torch.Tensor | None:
-        """Padding needs none: it follows the tokens, which see nothing later."""
-        return None if tables is None else with_bias(None, self._bias(tables[1], length, False), True)
-
-    def _bias(self, table: torch.Tensor, length: int, bidirectional: bool) -> torch.Tensor:
-        """[buckets, a/tp] -> [1, a/tp, length, length]"""
+        Shapes: -> [b or 1, a/tp, s, s]
+        """
+        if tables is None:
+            return None
+        table = tables[1 if rule.causal else 0]
         buckets = relative_buckets(
-            length,
-            length,
-            bidirectional=bidirectional,
+            rule.queries,
+            rule.keys,
+            bidirectional=not rule.causal,
             buckets=self.config.relative_attention_num_buckets,
             max_distance=self.config.relative_attention_max_distance,
             device=table.device,
         )
-        return F.embedding(buckets, table).permute(2, 0, 1).unsqueeze(0)
+        bias = F.embedding(buckets, table).permute(2, 0, 1).unsqueeze(0)
+        return with_bias(visible(rule), bias, rule.causal)
 
     def wire_shape(self, lengths: Lengths, micro_batch_size: int) -> tuple[int, int, int]:
         """What a rank sends to the next stage; see `_pack`."""
@@ -183,20 +186,3 @@ class T5Model(ModelChunk):
 def _count(tokens: torch.Tensor) -> torch.Tensor:
     """Positions 0, 1, 2 ... of every row."""
     return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-
-
-def _cross_mask(decoder_tokens: torch.Tensor, encoder_documents: torch.Tensor) -> torch.Tensor | None:
-    """Every position of the decoder sees every token of the encoder that is no padding.
-
-    Shapes: -> [b, 1, sd, se]
-    """
-    queries, keys = decoder_tokens.shape[1], encoder_documents.shape[1]
-    return visible(
-        queries,
-        keys,
-        causal=False,
-        window=None,
-        query_documents=torch.zeros_like(decoder_tokens),
-        key_documents=encoder_documents,
-        device=encoder_documents.device,
-    )

@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_ds.data.batch import blank_batch
 from megatron_ds.kernels.attention import Pattern, torch_attention
+from megatron_ds.kernels.mask import Rule
 from megatron_ds.kernels.table import Kernels
 from megatron_ds.model.config import TransformerConfig
 from megatron_ds.model.runtime import WeightGrads
@@ -167,7 +168,7 @@ def most_live(order: Sequence[Kind]) -> int:
 
 def _paper_run(run: Run, rank: int) -> Run:
     """The run as that rank would see it, without memory and without other ranks."""
-    on_gpu = Kernels(attention=_flash, bias_dropout_add=_bias_dropout_add)
+    on_gpu = Kernels(mask=_no_mask, attention=_flash, bias_dropout_add=_bias_dropout_add)
     return dataclasses.replace(
         run,
         parallel=ParallelContext.on_paper(run.plan.sizes, rank),
@@ -176,6 +177,10 @@ def _paper_run(run: Run, rank: int) -> Run:
         streams=DropoutStreams(run.config.training.seed),
         weight_grads=WeightGrads(),
     )
+
+
+def _no_mask(rule: Rule) -> None:
+    """GPUs leave out what is not seen block by block, without a matrix."""
 
 
 def _flash(

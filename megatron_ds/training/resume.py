@@ -29,7 +29,8 @@ T = TypeVar("T")
 def checkpoint_to_load(config: Config) -> Index | None:
     """The checkpoint that --load means; None for a fresh start.
 
-    A directory without any checkpoint is an error unless the run saves there too: then this is its first start.
+    A directory without any checkpoint is an error unless the run saves there too: then this is its first start, which
+    --exit-on-missing-checkpoint rules out.
 
     Raises: CheckpointError
     """
@@ -37,7 +38,8 @@ def checkpoint_to_load(config: Config) -> Index | None:
     if options.load is None:
         return None
     same = options.save is not None and Path(options.save).resolve() == Path(options.load).resolve()
-    if same and options.ckpt_step is None and not holds_checkpoints(options.load):
+    may_start = same and not options.exit_on_missing_checkpoint
+    if may_start and options.ckpt_step is None and not holds_checkpoints(options.load):
         log.info(f"no checkpoint in {options.load} yet: starting from scratch")
         return None
     return find(options.load, options.ckpt_step).index

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -52,10 +52,17 @@ def choose(logits: torch.Tensor, config: SamplingConfig, generator: torch.Genera
     return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
 
 
+class Ids(NamedTuple):
+    """Of a tokenizer: the id that ends a text, and how many ids mean one; a model may have some more."""
+
+    end: int
+    size: int
+
+
 def continue_prompts(
-    trained: Trained, prompts: Sequence[Sequence[int]], config: SamplingConfig, *, end: int, first: int = 0
+    trained: Trained, prompts: Sequence[Sequence[int]], config: SamplingConfig, ids: Ids, first: int = 0
 ) -> list[list[int]]:
-    """What a GPT adds to each prompt, without the `end` that stopped it, on every rank.
+    """What a GPT adds to each prompt, without the end that stopped it, on every rank.
 
     Each token is computed anew from the last `seq_length` ones. Rows are padded on the right, where causal attention
     does not look, so that a prompt's text does not depend on the others beside it.
@@ -68,19 +75,19 @@ def continue_prompts(
         return Inputs(padded(windows)), [len(window) - 1 for window in windows]
 
     _check(trained, prompts, config)
-    return _generate(trained, len(prompts), inputs, config, end, first, config.max_new_tokens)
+    return _generate(trained, len(prompts), inputs, config, ids, first, config.max_new_tokens)
 
 
 def answer_prompts(
     trained: Trained,
     prompts: Sequence[Sequence[int]],
     config: SamplingConfig,
+    ids: Ids,
+    first: int = 0,
     *,
     start: int,
-    end: int,
-    first: int = 0,
 ) -> list[list[int]]:
-    """What T5's decoder, begun with `start`, writes to each encoder input, without the `end` that stopped it.
+    """What T5's decoder, begun with `start`, writes to each encoder input, without the end that stopped it.
 
     Raises: as continue_prompts, and DataError for a prompt that is longer than the model's positions
     """
@@ -100,7 +107,7 @@ def answer_prompts(
         batch = Inputs(encoder[rows], documents=documents[rows], decoder_input_ids=padded(decoder))
         return batch, [len(row) - 1 for row in decoder]
 
-    return _generate(trained, len(prompts), inputs, config, end, first, room)
+    return _generate(trained, len(prompts), inputs, config, ids, first, room)
 
 
 def _generate(
@@ -108,7 +115,7 @@ def _generate(
     count: int,
     inputs: Callable[[Sequence[int], list[list[int]]], tuple[Inputs, list[int]]],
     config: SamplingConfig,
-    end: int,
+    ids: Ids,
     first: int,
     room: int,
 ) -> list[list[int]]:
@@ -124,9 +131,9 @@ def _generate(
         chosen = torch.zeros(len(active), dtype=torch.int64, device=trained.device)
         if trained.has_outputs:
             for row, i in enumerate(active):
-                chosen[row] = choose(logits[row], config, generators[i])
+                chosen[row] = choose(logits[row, : ids.size], config, generators[i])
         for i, token in zip(list(active), from_last_stage(chosen, trained.parallel.pp).tolist(), strict=True):
-            if token == end:
+            if token == ids.end:
                 active.remove(i)
             else:
                 added[i].append(token)

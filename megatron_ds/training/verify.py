@@ -117,7 +117,7 @@ def _train(recipe: Recipe, config: Config, vocab_size: int, device: torch.device
     """A few steps from weights and on tokens that depend on the seed only."""
     plan = make_plan(config, parallel.world.size, vocab_size)
     streams = DropoutStreams(config.training.seed, device_type=device.type)
-    engine = build_engine(Run(config, plan, parallel, Kernels(), device, None, streams), recipe)
+    engine = build_engine(Run(config, plan, parallel, Kernels.on(device), device, None, streams), recipe)
     _set_weights(engine)
     schedule = lr_schedule(config.lr, config.optimizer, None, plan.global_batch_size, STEPS)
     progress, trained = Progress(), Trained([], [])

@@ -65,6 +65,7 @@ MODELS: Mapping[str, tuple[str, dict[str, Any]]] = MappingProxyType(
         "bloom": ("Bloom", {"vocab_size": 57, "hidden_size": 20, "n_layer": 3, "n_head": 5}),
         "bert": ("BertForPreTraining", BERT),
         "megatron-bert": ("MegatronBertForPreTraining", BERT | {"hidden_act": "gelu_new", "layer_norm_eps": 1e-5}),
+        "bert-masked": ("BertForMaskedLM", BERT | {"type_vocab_size": 1}),
         "t5": ("T5", T5),
         "t5-1.1-tied": ("T5", T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
         "blenderbot": (
@@ -81,7 +82,7 @@ _SUFFIXES = {"GPT2": "LMHeadModel", "T5": "ForConditionalGeneration", "Blenderbo
 def class_name(name: str) -> str:
     """The class of transformers."""
     stem = MODELS[name][0]
-    return stem if stem.endswith("PreTraining") else stem + _SUFFIXES.get(stem, "ForCausalLM")
+    return stem if "Bert" in stem else stem + _SUFFIXES.get(stem, "ForCausalLM")
 
 
 def kind(name: str) -> str:
@@ -93,7 +94,7 @@ def kind(name: str) -> str:
 def build(name: str) -> Any:
     """A model all of whose parameters and saved buffers are random, norms and biases too."""
     stem, sizes = MODELS[name]
-    config = getattr(transformers, stem.removesuffix("ForPreTraining") + "Config")(**sizes)
+    config = getattr(transformers, stem.split("For")[0] + "Config")(**sizes)
     generator = torch.Generator().manual_seed(sum(map(ord, name)))
     model = getattr(transformers, class_name(name))(config).eval()
     with torch.no_grad():
@@ -102,6 +103,8 @@ def build(name: str) -> Any:
                 continue
             around = 1.0 if "norm" in key.lower() or ".ln" in key or "ln_" in key else 0.0
             tensor.copy_(around + 0.2 * torch.randn(tensor.shape, generator=generator))
+        if name == "bert-masked":
+            model.bert.embeddings.token_type_embeddings.weight.zero_()
         if name == "blenderbot":
             tables = model.model.encoder.embed_positions, model.model.decoder.embed_positions
             tables[1].weight.copy_(tables[0].weight)

@@ -14,6 +14,7 @@ from megatron_ds.errors import CheckpointError
 from megatron_ds.model.config import TransformerConfig
 
 LLAMA = {"normalization": "RMSNorm", "position_embedding_type": "rope", "swiglu": True, "add_bias_linear": False}
+BERT = {"model_type": "BERT", "bias_gelu_fusion": False}
 T5 = {
     "model_type": "T5", "position_embedding_type": "relative", "softmax_scale": 1.0, "normalization": "RMSNorm",
     "add_bias_linear": False, "lm_head_bias": False, "relu": True, "scale_decoder_outputs": True,
@@ -50,8 +51,10 @@ def weights(**options: Any) -> Weights:
         (LLAMA | {"add_qkv_bias": True, "window_size": 5}, "Qwen2ForCausalLM"),
         (LLAMA | {"qk_layernorm": True}, "Qwen3ForCausalLM"),
         ({"position_embedding_type": "alibi", "embed_layernorm": True}, "BloomForCausalLM"),
-        ({"model_type": "BERT"}, "MegatronBertForPreTraining"),
-        ({"model_type": "BERT", "apply_residual_connection_post_layernorm": True}, "BertForPreTraining"),
+        ({"model_type": "BERT", "bias_gelu_fusion": False}, "MegatronBertForPreTraining"),
+        ({"model_type": "BERT", "openai_gelu": True}, "MegatronBertForPreTraining"),
+        (BERT | {"apply_residual_connection_post_layernorm": True}, "BertForPreTraining"),
+        (BERT | {"bert_binary_head": False}, "MegatronBertForMaskedLM"),
         ({"model_type": "T5"}, "BlenderbotForConditionalGeneration"),
         (T5, "T5ForConditionalGeneration"),
         (T5 | {"relu": False, "glu_activation": "geglu", "kv_channels": 5}, "T5ForConditionalGeneration"),
@@ -69,14 +72,14 @@ def test_home(options: dict[str, Any], home: str) -> None:
         ({"position_embedding_type": "rope", "num_key_value_heads": 2}, "--num-query-groups"),
         ({"swiglu": True}, "swiglu"),
         ({"normalization": "RMSNorm"}, "--normalization"),
-        (LLAMA | {"swiglu": False}, "gelu_tanh"),
+        (LLAMA | {"swiglu": False}, "gelu (it has swiglu)"),
         (LLAMA | {"rotary_percent": 0.5}, "--rotary-percent"),
         (LLAMA | {"add_qkv_bias": True, "qk_layernorm": True}, "--qk-layernorm"),
         (LLAMA | {"softmax_scale": 1.0}, "--softmax-scale"),
         ({"position_embedding_type": "alibi"}, "--embed-layernorm"),
         ({"position_embedding_type": "none"}, "--position-embedding-type none"),
-        ({"model_type": "BERT", "bert_binary_head": False}, "--bert-no-binary-head"),
-        ({"model_type": "BERT", "swiglu": True}, "swiglu"),
+        (BERT | {"swiglu": True}, "swiglu"),
+        ({"model_type": "BERT"}, "--openai-gelu False (it has True)"),
         ({"model_type": "T5", "lm_head_bias": False}, "--no-lm-head-bias"),
         (T5 | {"normalization": "LayerNorm"}, "--normalization"),
     ],

@@ -22,7 +22,10 @@ Tensors = dict[str, torch.Tensor]
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     out = tmp_path_factory.mktemp("published")
-    return {name: published.save(name, out) for name in ("gpt2", "neox", "llama", "qwen2", "bert", "t5", "blenderbot")}
+    return {
+        name: published.save(name, out)
+        for name in ("gpt2", "neox", "llama", "qwen2", "bert", "bert-masked", "t5", "blenderbot")
+    }
 
 
 def altered(
@@ -123,6 +126,10 @@ def test_a_pickle_of_tensors_is_read_and_any_other_refused(sources: Mapping[str,
         ("gpt2", {"activation_function": "quick_gelu"}, "quick_gelu"),
         ("gpt2", {"model_type": "opt"}, "opt"),
         ("gpt2", {"n_layer": "three"}, "n_layer"),
+        ("gpt2", {"layer_norm_epsilon": "tiny"}, "layer_norm_epsilon"),
+        ("llama", {"rope_parameters": "none"}, "rope_parameters"),
+        ("llama", {"rope_parameters": {"rope_theta": "big"}}, "big"),
+        ("bert-masked", {"type_vocab_size": 2}, "type_vocab_size"),
         ("gpt2", {"quantization_config": {"bits": 4}}, "quantization_config"),
         ("neox", {"attention_bias": False}, "attention_bias"),
         ("llama", {"attention_bias": True}, "attention_bias"),
@@ -156,6 +163,7 @@ def without(*names: str) -> Callable[[Tensors], Tensors]:
 @pytest.mark.parametrize(
     ("name", "change", "word"),
     [
+        ("bert-masked", without("cls.predictions.bias"), "cls.predictions.bias"),
         ("bert", without("cls.seq_relationship.weight", "cls.seq_relationship.bias"), "cls.seq_relationship.bias"),
         ("llama", without("lm_head.weight"), "lm_head.weight"),
         ("gpt2", lambda found: found | {"score.weight": torch.ones(2)}, "score.weight"),
@@ -167,6 +175,21 @@ def test_tensors_too_few_or_too_many(
     with pytest.raises(CheckpointError) as caught:
         load_hf(altered(sources[name], tmp_path / "other", tensors=change))
     assert word in caught.value.found
+
+
+def test_a_token_type_that_is_always_added_must_be_nothing(sources: Mapping[str, Path], tmp_path: Path) -> None:
+    def typed(found: Tensors) -> Tensors:
+        return found | {"bert.embeddings.token_type_embeddings.weight": torch.ones(1, 24)}
+
+    weights = load_hf(altered(sources["bert-masked"], tmp_path / "typed", tensors=typed))
+    with pytest.raises(CheckpointError, match="token_type_embeddings"):
+        weights.read("embedding.position_embeddings.weight")
+
+
+def test_shapes_that_the_config_does_not_mean(sources: Mapping[str, Path], tmp_path: Path) -> None:
+    weights = load_hf(altered(sources["neox"], tmp_path / "other", {"num_attention_heads": 5}))
+    with pytest.raises(CheckpointError, match=r"query_key_value\.weight \[72, 24\]"):
+        weights.read("layers.0.self_attention.linear_qkv.weight")
 
 
 def test_two_tables_of_positions_are_one_too_many(sources: Mapping[str, Path], tmp_path: Path) -> None:

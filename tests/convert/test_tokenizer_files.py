@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 import torch
 import transformers
 from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer
@@ -67,6 +68,35 @@ def test_out(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     else:
         assert theirs.eos_token_id == ours.eod
         assert theirs.convert_tokens_to_ids("<extra_id_1>") == ours.sentinels[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "options"),
+    [
+        ("SentencePieceTokenizer", "unigram", {"user_defined_symbols": ["fox", "<usr>"]}),
+        ("GPTSentencePieceTokenizer", "bpe", {"add_dummy_prefix": False}),
+        (
+            "Llama2Tokenizer",
+            "bpe",
+            {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "byte_fallback": True}
+            | {"allow_whitespace_only_pieces": True, "split_digits": True},
+        ),
+    ],
+)
+def test_sentencepiece_out(name: str, kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "corpus").write_text("\n".join(CORPUS * 9))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "corpus"), model_prefix=str(tmp_path / "my"), vocab_size=400, model_type=kind,
+        hard_vocab_limit=False, minloglevel=2, **options,
+    )  # fmt: skip
+    config = TokenizerConfig(tokenizer_type=name, tokenizer_model=str(tmp_path / "my.model"))
+    ours, out = build_tokenizer(config), tmp_path / "out"
+    write_out(weights(config, ours.vocab_size), out)
+    theirs = transformers.AutoTokenizer.from_pretrained(out)
+    assert len(theirs) == ours.vocab_size
+    for text in [*TEXTS, "", "  two   blanks ", "na\u00efve \ufb01x \u65e5\u672c", " x\n\n  y", "<usr>fox 2026"]:
+        assert theirs(text)["input_ids"] == ours.tokenize(text), text
+    assert theirs.decode(ours.tokenize("the lazy dog"), skip_special_tokens=True) == "the lazy dog"
 
 
 @pytest.mark.parametrize("name", ["gpt2", "word_piece"])

@@ -7,12 +7,15 @@ from collections.abc import Iterable
 from tests.house.source import PACKAGE, Module, imports
 
 GROUND = ("cli", "errors", "log", "timers")
-ROOMS = {"parallel": 1, "kernels": 2, "model": 3, "data": 3, "pipeline": 4, "optim": 4, "checkpoint": 4, "training": 6}
+ROOMS = {
+    "parallel": 1, "kernels": 2, "model": 3, "data": 3, "pipeline": 4, "optim": 4, "checkpoint": 4, "training": 6,
+    "convert": 7,
+}  # fmt: skip
 PLANNING = (
-    "batch", "compat", "config", "deepspeed_json", "deepspeed_keys", "layouts", "limits", "plan", "rules",
-    "rules_batch", "rules_layout", "rules_recompute", "stages", "ways",
+    "batch", "compat", "config", "deepspeed_json", "deepspeed_keys", "layouts", "limits", "plan", "presets", "rules",
+    "rules_batch", "rules_layout", "rules_model", "rules_recompute", "stages", "ways",
 )  # fmt: skip
-FRONT_DOOR = 7
+FRONT_DOOR = 8
 """`megatron_ds` itself: it offers `pretrain`, so nothing inside may import from it."""
 
 

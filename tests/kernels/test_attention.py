@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from megatron_ds.kernels.attention import ROWS, Pattern, attention, torch_attention
-from megatron_ds.kernels.mask import alibi_bias, alibi_slopes, relative_buckets, visible, with_bias
+from megatron_ds.kernels.flex import flex, flex_mask
+from megatron_ds.kernels.mask import Rule, alibi_bias, alibi_slopes, relative_buckets, visible, with_bias
 
 Seen = Callable[[int, int, int], bool]
 """(sample, query, key) -> whether it is seen."""
@@ -88,15 +89,7 @@ def test_masks_and_scales_equal_the_definition(kind: str, dtype: torch.dtype) ->
     causal, window, documents, seen = MASKS[kind]
     torch.manual_seed(0)
     q, k, v, upstream = (torch.randn(150, 3, 2, 8, dtype=torch.float64) for _ in range(4))
-    mask = visible(
-        150,
-        150,
-        causal=causal,
-        window=window,
-        query_documents=documents,
-        key_documents=documents,
-        device=torch.device("cpu"),
-    )
+    mask = visible(Rule(150, 150, causal, window, documents, documents))
 
     def run(function, dtype: torch.dtype) -> list[torch.Tensor]:
         leaves = [t.to(dtype, copy=True).requires_grad_() for t in (q, k, v)]
@@ -112,11 +105,10 @@ def test_masks_and_scales_equal_the_definition(kind: str, dtype: torch.dtype) ->
 
 
 def test_no_mask_where_a_flag_says_it_all() -> None:
-    plain = {"query_documents": None, "key_documents": None, "device": torch.device("cpu")}
-    assert visible(5, 5, causal=True, window=None, **plain) is None
-    assert visible(5, 5, causal=True, window=4, **plain) is None
-    assert visible(5, 5, causal=False, window=None, **plain) is None
-    assert visible(5, 5, causal=True, window=3, **plain) is not None
+    assert visible(Rule(5, 5, causal=True)) is None
+    assert visible(Rule(5, 5, causal=True, window=4)) is None
+    assert visible(Rule(5, 5, causal=False)) is None
+    assert visible(Rule(5, 5, causal=True, window=3)) is not None
 
 
 def test_alibi_slopes_by_hand() -> None:
@@ -142,3 +134,16 @@ def test_a_bias_is_hidden_where_nothing_is_seen() -> None:
     assert masked.tolist() == [[[[0, -math.inf], [2, 3]]]]
     masked[masked > -math.inf].sum().backward()
     assert bias.grad is not None and bias.grad.tolist() == [[[[1, 0], [1, 1]]]]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MASKS if kind != "both ways"])
+def test_flex_attention_equals_the_mask(kind: str) -> None:
+    """Uncompiled, as it runs on a CPU; there it has a forward only."""
+    causal, window, documents, _ = MASKS[kind]
+    torch.manual_seed(0)
+    q, k, v = torch.randn(150, 3, 4, 16), torch.randn(150, 3, 2, 16), torch.randn(150, 3, 2, 16)
+    rule = Rule(150, 150, causal, window, documents, documents)
+    with torch.no_grad():
+        found = flex(q, k, v, flex_mask(rule), Pattern(causal, 0.7), 0.0)
+        expected = torch_attention(q, k, v, visible(rule), Pattern(causal, 0.7), 0.0)
+    assert torch.allclose(found, expected, atol=1e-5)

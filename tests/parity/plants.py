@@ -10,7 +10,8 @@ import torch
 
 import pretrain_gpt
 from megatron_ds.data.batch import BERTBatch
-from megatron_ds.model import context_attention, linear, t5
+from megatron_ds.model import context_attention, linear
+from megatron_ds.model.attention import CrossAttention
 from megatron_ds.model.chunk import ModelChunk
 from megatron_ds.model.t5 import T5Model
 from megatron_ds.optim.buckets import Buckets
@@ -99,7 +100,12 @@ def padding_seen() -> None:
 
 def padding_of_the_encoder_seen() -> None:
     """The encoder's own attention is right, the decoder's attention to it is not."""
-    t5._cross_mask = lambda decoder_tokens, encoder_documents: None
+    rightly = CrossAttention.forward
+
+    def unmasked(self: CrossAttention, x: torch.Tensor, memory: torch.Tensor, mask: Any) -> torch.Tensor:
+        return rightly(self, x, memory, None)
+
+    CrossAttention.forward = unmasked  # type: ignore[method-assign]
 
 
 def relative_tables_cut_off() -> None:
@@ -115,12 +121,12 @@ def relative_tables_cut_off() -> None:
 
 def memory_cut_off() -> None:
     """The decoder's attention to the encoder gives it no gradient."""
-    run = ModelChunk._run
+    rightly = CrossAttention.forward
 
-    def detached(self: ModelChunk, layers: Any, x: Any, mask: Any, shared: Any, memory: Any = None, **more: Any) -> Any:
-        return run(self, layers, x, mask, shared, None if memory is None else memory.detach(), **more)
+    def detached(self: CrossAttention, x: torch.Tensor, memory: torch.Tensor, mask: Any) -> torch.Tensor:
+        return rightly(self, x, memory.detach(), mask)
 
-    ModelChunk._run = detached  # type: ignore[method-assign]
+    CrossAttention.forward = detached  # type: ignore[method-assign]
 
 
 def losses_added_unweighted() -> None:

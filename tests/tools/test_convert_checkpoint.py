@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ds.checkpoint.load import find
 from megatron_ds.convert import hub, llama
 from megatron_ds.convert.family import Family, Fields
 from megatron_ds.convert.rules import Rule, same
 from megatron_ds.model.config import TransformerConfig
 from tests.convert import published
+from tests.convert.megatron_files import VOCAB, gpt, gpt_chunk, options, write_classic
 from tools import convert_checkpoint
 
 
@@ -88,6 +90,30 @@ def test_flags_of_megatrons_tool_are_accepted_and_explained(
     said = capsys.readouterr().out
     assert said.count("has no effect") == 3
     assert "our checkpoints fit every layout" in said
+
+
+def test_a_checkpoint_of_megatron_is_compared_through_an_export(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = gpt()
+    write_classic(
+        tmp_path / "old", options(), lambda t, p: {"model": gpt_chunk(whole, range(2 * p, 2 * p + 2), t, 2)}, 2, 2
+    )
+    rows = ["--true-vocab-size", str(VOCAB)]
+    assert convert(tmp_path / "old", tmp_path / "ours", *rows, loader="megatron") == 0
+    assert "largest logit difference from transformers' GPT2LMHeadModel" in capsys.readouterr().out
+    assert find(tmp_path / "ours").iteration == 100
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old", "ours"]
+
+
+def test_a_checkpoint_of_megatron_without_a_counterpart_is_not_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = gpt(bias=False)
+    args = options(add_bias_linear=False, tensor_model_parallel_size=1)
+    write_classic(tmp_path / "old", args, lambda t, p: {"model": gpt_chunk(whole, range(4), t, 1)}, 1, 1)
+    assert convert(tmp_path / "old", tmp_path / "ours", "--true-vocab-size", str(VOCAB), loader="megatron") == 0
+    assert "not checked: no class of Hugging Face computes this model" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("loader", ["hf", "megatron", "megatron_ds"])

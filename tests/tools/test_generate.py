@@ -16,7 +16,14 @@ from megatron_ds.data.config import TokenizerConfig
 from megatron_ds.data.tokenizer import build_tokenizer
 from megatron_ds.errors import DataError
 from megatron_ds.training.inference import load_trained
-from megatron_ds.training.sampling import SamplingConfig, answer_prompts, choose, continue_prompts, distribution
+from megatron_ds.training.sampling import (
+    Ids,
+    SamplingConfig,
+    answer_prompts,
+    choose,
+    continue_prompts,
+    distribution,
+)
 from tests.helpers.ranks import run_ranks
 from tests.helpers.recipe import environment
 from tests.reference import bert, gpt, t5
@@ -62,18 +69,26 @@ def likeliest(prompt: list[int], count: int) -> list[int]:
 
 
 def test_the_likeliest_tokens_are_the_oracles(saved: Path) -> None:
-    found = continue_prompts(load_trained(str(saved)), PROMPTS, GREEDY, end=END)
+    found = continue_prompts(load_trained(str(saved)), PROMPTS, GREEDY, Ids(END, VOCAB))
     assert found == [likeliest(prompt, 6) for prompt in PROMPTS]
     assert len(set(map(tuple, found))) == 3
 
 
 def test_the_end_stops_its_own_row_only(saved: Path) -> None:
     trained = load_trained(str(saved))
-    free = continue_prompts(trained, PROMPTS, GREEDY, end=END)
+    free = continue_prompts(trained, PROMPTS, GREEDY, Ids(END, VOCAB))
     end = next(token for token in free[1] if token not in free[0])
-    stopped = continue_prompts(trained, PROMPTS, GREEDY, end=end)
+    stopped = continue_prompts(trained, PROMPTS, GREEDY, Ids(end, VOCAB))
     assert stopped == [row[: row.index(end)] if end in row else row for row in free]
     assert len(stopped[1]) < 6 == len(stopped[0])
+
+
+def test_ids_without_a_text_are_never_chosen(saved: Path) -> None:
+    (free,) = continue_prompts(load_trained(str(saved)), PROMPTS[:1], GREEDY, Ids(END, VOCAB))
+    assert max(free) >= 20
+    (found,) = continue_prompts(load_trained(str(saved)), PROMPTS[:1], GREEDY, Ids(END, 20))
+    assert len(found) == 6
+    assert max(found) < 20
 
 
 def test_t5_answers_as_the_oracle(saved_t5: Path) -> None:
@@ -86,7 +101,7 @@ def test_t5_answers_as_the_oracle(saved_t5: Path) -> None:
             answer.append(int(logits[0, -1].argmax()))
         expected.append(answer[1:])
     end = next(token for token in range(VOCAB) if all(token not in row for row in expected))
-    assert answer_prompts(load_trained(str(saved_t5)), PROMPTS, GREEDY, start=7, end=end) == expected
+    assert answer_prompts(load_trained(str(saved_t5)), PROMPTS, GREEDY, Ids(end, VOCAB), start=7) == expected
 
 
 PROBABILITIES = [0.1, 0.5, 0.15, 0.25]
