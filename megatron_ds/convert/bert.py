@@ -21,6 +21,8 @@ def _config(fields: Fields, post_norm: bool, binary_head: bool) -> TransformerCo
     for name in ("is_decoder", "add_cross_attention"):
         fields.only(name, False)
     activation = read_activation(fields, "hidden_act", "gelu")
+    if "relu" in activation:
+        raise fields.misfit("hidden_act", "relu", "a GELU, which is what our head computes")
     return TransformerConfig(
         model_type="BERT",
         num_layers=fields.size("num_hidden_layers"),

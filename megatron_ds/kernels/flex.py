@@ -44,7 +44,7 @@ def flex_mask(rule: Rule) -> FlexMask | None:
         return seen
 
     rows = None if documents is None else len(documents)
-    build = _compiled(create_block_mask) if rule.device.type == "cuda" else create_block_mask
+    build = _for(rule.device, create_block_mask)
     return FlexMask(rule, build(sees, rows, None, rule.queries, rule.keys, device=rule.device))
 
 
@@ -57,11 +57,16 @@ def flex(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, pattern: Pattern, d
         return attention(q, k, v, mask, pattern, dropout)
     if dropout:
         return attention(q, k, v, visible(mask.rule), pattern, dropout)
-    call: Callable[..., Tensor] = _compiled(flex_attention) if q.device.type == "cuda" else flex_attention
+    call = _for(q.device, flex_attention)
     rows, columns, values = (t.permute(1, 2, 0, 3) for t in (q, k, v))
     shared = k.shape[2] != q.shape[2]
     out = call(rows, columns, values, block_mask=mask.blocks, scale=pattern.scale, enable_gqa=shared)
-    return out.permute(2, 0, 1, 3).flatten(2)
+    together: Tensor = out.permute(2, 0, 1, 3).flatten(2)
+    return together
+
+
+def _for(device: torch.device, function: Callable[..., Any]) -> Callable[..., Any]:
+    return _compiled(function) if device.type == "cuda" else function
 
 
 @lru_cache

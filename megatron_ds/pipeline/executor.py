@@ -144,8 +144,8 @@ class Executor:
         if ends:
             sums, targets = loss(output)
             self.total += torch.stack((sums.detach().double(), targets.double())).view_as(self.total)
-            weighted = sums if self.loss_weights is None else (sums * self.loss_weights).sum()
-            output = weighted * self.loss_scale
+            weighted = sums if self.loss_weights is None else sums * self.loss_weights
+            output = weighted.sum() * self.loss_scale
         if self.training or not ends:
             self.output[key] = output
 

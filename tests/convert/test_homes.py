@@ -79,6 +79,7 @@ def test_home(options: dict[str, Any], home: str) -> None:
         ({"position_embedding_type": "alibi"}, "--embed-layernorm"),
         ({"position_embedding_type": "none"}, "--position-embedding-type none"),
         (BERT | {"swiglu": True}, "swiglu"),
+        (BERT | {"relu": True}, "relu"),
         ({"model_type": "BERT"}, "--openai-gelu False (it has True)"),
         ({"model_type": "T5", "lm_head_bias": False}, "--no-lm-head-bias"),
         (T5 | {"normalization": "LayerNorm"}, "--normalization"),

@@ -82,7 +82,8 @@ def arguments(model: TransformerConfig, *layout: str) -> list[str]:
     elif isinstance(model, BertConfig):
         words += f""" --num-layers {model.num_layers} --seq-length {SEQ}
             {"--bert-no-binary-head" * (not model.binary_head)}
-            {"--apply-residual-connection-post-layernorm" * model.post_ln}"""
+            {"--apply-residual-connection-post-layernorm" * model.post_ln}
+            {"--openai-gelu" * (model.head_activation == "gelu_tanh")}"""
     elif isinstance(model, T5Config):
         words += _t5_words(model)
     return [*words.split(), *layout]
@@ -159,7 +160,8 @@ def _bert_batch(model: BertConfig, mask: Mask, generator: torch.Generator) -> be
         masked[0, 1] = True
     masked &= real
     types = ((place >= lengths // 2) & real).long()
-    order = torch.randint(2, (SAMPLES,), generator=generator)
+    # Three to one, so that what the binary head's bias gets is no small rest of a sum.
+    order = (torch.randperm(SAMPLES, generator=generator) >= SAMPLES // 4).long()
     return bert.GlobalBatch(tokens.where(real, 0), types, labels.where(masked, -1), masked.float(), real, order)
 
 

@@ -99,7 +99,7 @@ def test_gpt_is_the_published_model(c: OracleConfig, build: Build, limit: float)
 @pytest.mark.parametrize("post_ln", [True, False])
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
 def test_bert_is_the_published_model(post_ln: bool, activation: str) -> None:
-    c = replace(BERT, post_ln=post_ln, activation=activation)
+    c = replace(BERT, post_ln=post_ln, activation=activation, head_activation=activation)
     params = bert.random_params(c, std=0.3, dtype=torch.float64)
     generator = torch.Generator().manual_seed(1)
     tokens, labels = torch.randint(1, c.vocab, (2, 3, 30), generator=generator)

@@ -41,6 +41,8 @@ class BertConfig(TransformerConfig):
     """The residual is taken after the norm, as in the first BERT."""
     binary_head: bool = True
     """Sentence order: token types, pooler and head."""
+    head_activation: str = "gelu"
+    """In the masked-LM head; Megatron's is by erf even where the layers' is not."""
 
 
 class GlobalBatch(NamedTuple):
@@ -102,7 +104,7 @@ def forward(
         y = norm(p, "pre_mlp_layernorm", c, x)
         x = (y if c.post_ln else x) + mlp(p, c, y)
     x = norm(params, "final_layernorm", c, x)
-    y = norm(params, "lm_head.norm", c, ACTIVATIONS[c.activation](linear(params, "lm_head.dense", True, x)))
+    y = norm(params, "lm_head.norm", c, ACTIVATIONS[c.head_activation](linear(params, "lm_head.dense", True, x)))
     logits = y @ (words if c.tied else params["output_layer.weight"]).T + params["lm_head.bias"]
     if not c.binary_head:
         return logits, None
