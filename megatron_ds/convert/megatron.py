@@ -37,10 +37,6 @@ def load_megatron(directory: str, model_type: ModelType, true_vocab_size: int | 
     assert max_positions
     joiner = _joiner(config, source, true_vocab_size)
     _check(source, config, max_positions)
-    if config.model_type == "BERT" and not config.exact_gelu and not config.openai_gelu:
-        log.warn(
-            "its head was trained with GELU by erf and its MLPs with the tanh form; the head gets the tanh form too"
-        )
     pieces = MappingProxyType(source.pieces)
     seq_length = source.args.get(int, "encoder_seq_length", "seq_length")
     return Weights(

@@ -103,7 +103,8 @@ class T5Model(ModelChunk):
             shared = Shared(self._rope(_count(decoder_tokens)), cross_mask=self.runtime.kernels.mask(cross))
             # Padding of the decoder needs no mask: it follows the tokens, which see nothing later.
             bias = self._bias(tables, Rule(lengths.decoder, lengths.decoder, True, device=target.device))
-            target = self._run(decoder, target, shared, bias=bias, memory=source, skipped=len(encoder))
+            memory = source.to(self.dtype)  # where it comes in fp32 it is normed all the same
+            target = self._run(decoder, target, shared, bias=bias, memory=memory, skipped=len(encoder))
         if not self.stage.is_last:
             return self._pack(source, target, tables)
         assert self.decoder.final_layernorm is not None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -82,7 +83,8 @@ def checkpointed(env: dict[str, str], iteration: int) -> None:
 
 def test_there_are_scripts() -> None:
     assert {"quickstart.sh", "test.sh", "setup_env.sh", "pretrain_gpt.sbatch", "run"} <= {path.name for path in SCRIPTS}
-    assert len(LAUNCHES) >= 3
+    kinds = {re.match("pretrain_(bert|t5|[a-z]+)", path.name)[1] for path in LAUNCHES}  # type: ignore[index]
+    assert {"gpt", "bert", "t5", "llama"} <= kinds
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -141,13 +143,41 @@ def test_quickstart_up_to_its_launch(env: dict[str, str], tmp_path: Path) -> Non
         # from nothing and from 5 the target is 10, from 10 it is 20
         assert f"--train-iters {(10, 10, 20)[number]} " in words
         assert "--load" in words
-        assert ("merges.txt are there" in done.stdout) is (number > 0), done.stdout
+        assert (re.search("there already: .*merges.txt", done.stdout) is not None) is (number > 0), done.stdout
 
     corpus.write_text(json.dumps({"text": "something else entirely"}) + "\n")
     other = bash(ROOT / "scripts/quickstart.sh", env, cwd=tmp_path)
     assert other.returncode == 4
     assert "another corpus" in other.stderr
     assert len(launched(env)) == 3
+
+
+@pytest.mark.parametrize(("kind", "layout"), [("bert", "pp2"), ("t5", "pp2")])
+def test_quickstart_of_other_models_up_to_their_launch(
+    kind: str, layout: str, env: dict[str, str], tmp_path: Path
+) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    text = "A first sentence of my own. And a second one follows it. Then the third. "
+    corpus.write_text("".join(json.dumps({"text": f"Number {i}. " + text * 10}) + "\n" for i in range(60)))
+    done = bash(ROOT / "scripts/quickstart.sh", env | {"CORPUS": corpus.name, "LAYOUT": layout}, kind, cwd=tmp_path)
+    (launch,) = launched(env)
+    assert (launch["code"], launch["ranks"]) == (0, 2), launch["said"] + done.stderr
+    assert Path(launch["argv"][3]).name == f"pretrain_{kind}.py"
+    words = " ".join(launch["argv"])
+    assert f"--data-path {env['OUT']}/corpus_text_sentence " in words
+    assert ("--vocab-extra-ids 100" in words) is (kind == "t5")
+    sidecar = json.loads(Path(env["OUT"], "corpus_text_sentence.json").read_text())
+    assert (sidecar["tokenizer_type"], sidecar["documents"], sidecar["sequences"]) == (
+        "BertWordPieceLowerCase",
+        60,
+        60 * 31,
+    )
+
+
+def test_quickstart_knows_three_models(env: dict[str, str], tmp_path: Path) -> None:
+    done = bash(ROOT / "scripts/quickstart.sh", env, "bart", cwd=tmp_path)
+    assert done.returncode == 2
+    assert all(word in done.stderr for word in ("bart", "gpt, bert or t5", "fix:"))
 
 
 @pytest.mark.parametrize(
