@@ -134,7 +134,14 @@ def stages_of(
     """Of each pipeline rank its chunks."""
     stages, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_stages(model.total_layers)
     if model.model_type == "T5":
-        return cut_two_stacks(model, lengths, stages, chunks, parallel.pipeline_model_parallel_split_rank)
+        return cut_two_stacks(
+            model,
+            lengths,
+            stages,
+            chunks,
+            split=parallel.pipeline_model_parallel_split_rank,
+            of_chunk=parallel.num_layers_per_virtual_pipeline_stage,
+        )
     return cut_layers(
         model.total_layers,
         stages,

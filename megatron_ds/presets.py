@@ -171,6 +171,10 @@ RIVALS: tuple[frozenset[str], ...] = (
     frozenset({"position_embedding_type", "use_rotary_position_embeddings"}),
     frozenset({"num_layers", "encoder_num_layers"}),
 )
+STRETCHED = frozenset(
+    {"position_embedding_type", "use_rotary_position_embeddings", "rotary_seq_len_interpolation_factor"}
+)
+"""Where one of these was typed, a preset says nothing of rope's stretching."""
 """Fields that say one thing in several ways: where one was typed, a preset says nothing about the others."""
 
 
@@ -194,4 +198,6 @@ def preset_values(name: str, model_type: str, typed: Collection[str]) -> dict[st
             f"pretrain_{preset.model_type.lower()}.py --model-preset {key}",
         )
     silent = set(typed).union(*(group for group in RIVALS if not group.isdisjoint(typed)))
+    if not STRETCHED.isdisjoint(typed):
+        silent |= {field for field in preset.values if field.startswith(("rope_scaling", "use_rope_scaling"))}
     return {field: value for field, value in preset.values.items() if field not in silent}

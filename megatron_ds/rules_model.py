@@ -34,7 +34,6 @@ READERS: Mapping[str, tuple[str, ...]] = {
     "data.eod_mask_loss": ("GPT",),
     "data.reset_position_ids": ("GPT",),
     "data.reset_attention_mask": ("GPT",),
-    "data.shuffle": ("GPT",),
 }
 """Which models read a flag, where not all do; the others refuse it."""
 

@@ -54,12 +54,21 @@ def cut_layers(
 
 
 def cut_two_stacks(
-    model: TransformerConfig, lengths: Lengths, num_stages: int, num_chunks: int = 1, split: int | None = None
+    model: TransformerConfig,
+    lengths: Lengths,
+    num_stages: int,
+    num_chunks: int = 1,
+    *,
+    split: int | None = None,
+    of_chunk: int | None = None,
 ) -> tuple[tuple[Stage, ...], ...]:
     """The chunks of each stage of an encoder and a decoder, one stack after the other.
 
-    split: the first stage of the decoder; both sides are then shared evenly. Otherwise chunks do about equal work.
+    split: the first stage of the decoder; both sides are then shared evenly. of_chunk: layers of every chunk. Otherwise
+    chunks do about equal work.
     """
+    if of_chunk is not None:
+        return _deal([of_chunk] * (num_stages * num_chunks), num_stages)
     work = _work(model, lengths)
     if split is None:
         return _deal(share_work(work, num_stages * num_chunks), num_stages)

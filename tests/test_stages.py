@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from collections.abc import Iterator
 
 import pytest
 
 from megatron_ds.config import parse
 from megatron_ds.errors import ConfigError
-from megatron_ds.stages import Weights, balance, cut_layers, parameter_weights, weights
+from megatron_ds.model.chunk import Lengths
+from megatron_ds.model.config import TransformerConfig
+from megatron_ds.stages import Weights, balance, cut_layers, cut_two_stacks, parameter_weights, share_work, weights
 
 
 def counts(cut: tuple[tuple[tuple[int, int, bool, bool], ...], ...]) -> list[int]:
@@ -120,3 +124,33 @@ def test_parameters_of_the_parts() -> None:
     llama = parse(flags.split()).model
     layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 100 + 2 * 64
     assert parameter_weights(llama, 1000, 32) == (1000 * 64, layer, 1000 * 64 + 64)
+
+
+def test_shares_of_work_are_the_best_of_all() -> None:
+    rng = random.Random(0)
+    for _ in range(60):
+        work = [rng.choice((3, 7, 11)) for _ in range(rng.randint(3, 9))]
+        parts = rng.randint(1, min(4, len(work)))
+        shared = share_work(work, parts)
+        assert len(shared) == parts and sum(shared) == len(work) and min(shared) > 0
+
+        def heaviest(stops: tuple[int, ...], work: list[int] = work) -> int:
+            edges = (0, *stops, len(work))
+            return max(sum(work[a:b]) for a, b in itertools.pairwise(edges))
+
+        best = min(map(heaviest, itertools.combinations(range(1, len(work)), parts - 1)))
+        assert heaviest(tuple(itertools.accumulate(shared[:-1]))) == best
+
+
+def test_two_stacks() -> None:
+    t5 = TransformerConfig(
+        model_type="T5", encoder_num_layers=6, decoder_num_layers=6, hidden_size=64, num_attention_heads=8
+    )
+    same = Lengths(32, 32)
+    # A decoder layer has a third more to multiply: 4 h^2 of 12 h^2 more.
+    assert counts(cut_two_stacks(t5, same, 2)) == [7, 5]
+    assert counts(cut_two_stacks(t5, Lengths(512, 64), 2)) == [4, 8]
+    assert counts(cut_two_stacks(t5, same, 4, split=1)) == [6, 2, 2, 2]
+    assert counts(cut_two_stacks(t5, same, 4, split=2)) == [3, 3, 3, 3]
+    assert counts(cut_two_stacks(t5, same, 2, 3, of_chunk=2)) == [2] * 6
+    assert len(counts(cut_two_stacks(t5, same, 2, 3))) == 6

@@ -96,8 +96,10 @@ def _load(options: argparse.Namespace) -> Weights:
         return load_hf(options.load_dir)
     if options.loader == "megatron_ds":
         return load_native(options.load_dir, options.ckpt_step)
-    step = options.load_dir / f"iter_{options.ckpt_step or 0:07d}"
-    directory = options.load_dir if options.ckpt_step is None else step
+    directory = options.load_dir
+    if options.ckpt_step is not None:
+        deepspeed = directory / f"global_step{options.ckpt_step}"
+        directory = deepspeed if deepspeed.is_dir() else directory / f"iter_{options.ckpt_step:07d}"
     return load_megatron(str(directory), options.model_type, true_vocab_size=options.true_vocab_size)
 
 

@@ -106,7 +106,9 @@ def answer(
 ) -> list[dict[str, Any]]:
     """What T5 makes of some prompts; `first` is the number of the first one."""
     ids = [encoder_ids(prompt, tokenizer) for prompt in prompts]
-    begin = _decoder_start(tokenizer) if start is None else start
+    trained_with = trained.state.get("decoder_start_token_id")
+    begin = next((token for token in (start, trained_with) if token is not None), None)
+    begin = _decoder_start(tokenizer) if begin is None else begin
     added = answer_prompts(trained, ids, config, Ids(tokenizer.eos, tokenizer.vocab_size), first, start=begin)
     return [
         {"prompt": prompt, "text": filled(prompt, after, tokenizer), "tokens": after}

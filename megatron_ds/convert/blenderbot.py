@@ -18,7 +18,6 @@ def _config(fields: Fields) -> TransformerConfig:
     layers = fields.size("encoder_layers")
     return TransformerConfig(
         model_type="T5",
-        num_layers=layers,
         encoder_num_layers=layers,
         decoder_num_layers=fields.size("decoder_layers"),
         hidden_size=fields.size("d_model"),

@@ -149,6 +149,7 @@ def load_hf(directory: str | Path) -> Weights:
         names=tuple(rules),
         read=read,
         home=family.name,
+        decoder_start=fields.get("decoder_start_token_id") if family.of == "T5" else None,
     )
 
 

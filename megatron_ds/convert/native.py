@@ -52,6 +52,7 @@ def load_native(directory: str | Path, step: int | None = None) -> Weights:
         names=tuple(name.removeprefix(_MODEL) for name in names(index) if name.startswith(_MODEL)),
         read=lambda name: _whole(index, _MODEL + name),
         home=state.get("home"),
+        decoder_start=state.get("decoder_start_token_id"),
     )
 
 
@@ -109,4 +110,5 @@ def _state(weights: Weights) -> dict[str, Any]:
         "tokenizer": dataclasses.asdict(tokenizer),
         "dtype": str(weights.dtype).removeprefix("torch."),
         "home": weights.home,
+        "decoder_start_token_id": weights.decoder_start,
     }

@@ -34,7 +34,6 @@ def _config(fields: Fields) -> TransformerConfig:
     scaled = fields.get("scale_decoder_outputs", default=fields.get("tie_word_embeddings", default=True))
     return TransformerConfig(
         model_type="T5",
-        num_layers=layers,
         encoder_num_layers=layers,
         decoder_num_layers=fields.size("num_decoder_layers", default=layers),
         hidden_size=fields.size("d_model"),

@@ -122,7 +122,8 @@ def special_ids(weights: Weights, of: ModelType) -> dict[str, Any]:
     """Ids that a config.json tells text generation: those that came with the model, else the tokenizer's."""
     defaults: dict[str, Any] = dict.fromkeys(_IDS[:2] if of == "GPT" else _IDS[2:3], None if of == "GPT" else 0)
     if of == "T5":
-        defaults |= {"eos_token_id": 1, "decoder_start_token_id": 0}
+        start = 0 if weights.decoder_start is None else weights.decoder_start
+        defaults |= {"eos_token_id": 1, "decoder_start_token_id": start}
     config = weights.tokenizer
     if config is None:
         return defaults
@@ -137,7 +138,7 @@ def special_ids(weights: Weights, of: ModelType) -> dict[str, Any]:
         return defaults
     if of != "BERT":
         defaults["eos_token_id"] = tokenizer.eod if of == "GPT" else _role(tokenizer, "eos", 1)
-    if of == "T5":
+    if of == "T5" and weights.decoder_start is None:
         defaults["decoder_start_token_id"] = _role(tokenizer, "bos", 0)
     if of != "GPT":
         defaults["pad_token_id"] = _role(tokenizer, "pad", 0)

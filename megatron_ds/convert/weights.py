@@ -17,6 +17,7 @@ class Weights:
 
     names: global parameter names, all of them. read: name -> tensor; nothing is kept, so that a large model is never
     held twice. tokenizer: None where the source says nothing of it. home: the Hugging Face class that it came from.
+    decoder_start: the token that T5's decoder was trained to begin with, where that is known.
     """
 
     config: TransformerConfig
@@ -30,3 +31,4 @@ class Weights:
     names: tuple[str, ...]
     read: Callable[[str], torch.Tensor]
     home: str | None = None
+    decoder_start: int | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -77,9 +77,9 @@ class BERTBatch(Batch):
 
         Shapes: positions [n] -> [b, n]
         """
-        here = float(0 in positions)
-        whole = {"documents": lambda t: t, "is_random": lambda t: t, "order_mask": lambda t: t * here}
-        return self._each(lambda name, tensor: whole.get(name, lambda t: t[:, positions])(tensor))
+        kept = ("documents", "is_random", "order_mask")
+        cut = self._each(lambda name, tensor: tensor if name in kept else tensor[:, positions])
+        return replace(cut, order_mask=self.order_mask * (positions == 0).any())
 
     def num_targets(self) -> torch.Tensor:
         """Masked tokens, and samples.

@@ -39,7 +39,7 @@ class DataConfig:
     eod_mask_loss: bool = arg(False, "No loss where the input token is the end of a document.")
     reset_position_ids: bool = arg(False, "Positions count from 0 again after each end of document.")
     reset_attention_mask: bool = arg(False, "Tokens see only their own document; packed documents are as if alone.")
-    shuffle: bool = arg(True, "GPT: sample i is tokens [i s, i s + s] of the files as they are.")
+    shuffle: bool = arg(True, "Samples in the order of the files; of GPT sample i is tokens [i s, i s + s].")
     mock_data: bool = arg(False, "Train on random tokens, without files.")
     mmap_bin_files: bool = arg(True, "Read .bin files with pread instead of mapping them.", "--no-mmap-bin-files")
 

@@ -108,11 +108,8 @@ def build_t5_datasets(
     assert tokenizer is not None
     if not tokenizer.sentinels:
         raise _too_few_sentinels(0, 1)
-    cut: SentenceCut | TextCut
-    if config.noise_density is None and config.mean_noise_span_length is None:
-        cut = _word_spans(config, tokenizer, seq_length, decoder_seq_length, seed, vocab_size)
-    else:
-        cut = _paper_spans(config, tokenizer, seq_length, decoder_seq_length, seed, vocab_size)
+    make = _paper_spans if t5.has_paper_spans(config) else _word_spans
+    cut: SentenceCut | TextCut = make(config, tokenizer, seq_length, decoder_seq_length, seed, vocab_size)
     return build_datasets(config, num_samples, cut)
 
 
@@ -120,7 +117,8 @@ def _word_spans(
     config: DataConfig, tokenizer: Tokenizer, encoder_length: int, decoder_length: int, seed: int, vocab_size: int
 ) -> SentenceCut:
     """Megatron's spans."""
-    form = t5.T5Format(encoder_length, decoder_length, tokenizer.bos, tokenizer.eos, tokenizer.pad, tokenizer.sentinels)
+    start = t5.first_token(config, tokenizer)
+    form = t5.T5Format(encoder_length, decoder_length, start, tokenizer.eos, tokenizer.pad, tokenizer.sentinels)
     masked, spans = t5.most_masked(encoder_length, config.mask_prob), t5.spans_needed(encoder_length, config.mask_prob)
     if len(form.sentinels) < spans:
         raise _too_few_sentinels(len(form.sentinels), spans)
@@ -168,7 +166,7 @@ def _separators(tokenizer: Tokenizer) -> tuple[int, ...]:
 def _paper_spans(
     config: DataConfig, tokenizer: Tokenizer, encoder_length: int, decoder_length: int, seed: int, vocab_size: int
 ) -> TextCut:
-    """The T5 paper's spans; its decoder begins with the padding token."""
+    """The T5 paper's spans."""
     density = _PAPER_DENSITY if config.noise_density is None else config.noise_density
     mean = _PAPER_SPAN_LENGTH if config.mean_noise_span_length is None else config.mean_noise_span_length
     if not 0 < density < 1:
@@ -185,7 +183,8 @@ def _paper_spans(
         )
     if len(tokenizer.sentinels) < counts.spans:
         raise _too_few_sentinels(len(tokenizer.sentinels), counts.spans)
-    form = t5.T5Format(encoder_length, decoder_length, tokenizer.pad, tokenizer.eos, tokenizer.pad, tokenizer.sentinels)
+    start = t5.first_token(config, tokenizer)
+    form = t5.T5Format(encoder_length, decoder_length, start, tokenizer.eos, tokenizer.pad, tokenizer.sentinels)
 
     def samples_of(texts: GPTDataset) -> TokenDataset:
         return t5.T5SpanDataset(texts, form, counts, seed)

@@ -12,6 +12,7 @@ Source: Megatron-Core's build_mapping; same seed, same array
 from __future__ import annotations
 
 import math
+from array import array
 from bisect import bisect_left
 from collections.abc import Iterator
 from typing import Any
@@ -114,7 +115,7 @@ def _walk(lengths: Array, documents: Array, targets: Iterator[int], min_sentence
 
 def _order(count: int, seed: int) -> Array:
     """0 .. count - 1 as a Fisher-Yates shuffle from the end leaves them."""
-    order = list(range(count))
+    order = array("I" if count <= np.iinfo(np.uint32).max else "Q", range(count))
     high = count - 1
     for words in mt19937_64(seed):
         places = np.arange(high, max(high - len(words), 0), -1, dtype=np.uint64)

@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_ds.data.config import DataConfig
 from megatron_ds.data.gpt import GPTDataset
 from megatron_ds.data.masking import Span, choose_spans, draw_span, find_words, mask_budget, random_parts
 from megatron_ds.data.sentences import SentenceSamples
+from megatron_ds.data.tokenizer import Tokenizer
 
 Array = npt.NDArray[Any]
 Row = dict[str, Any]
@@ -28,6 +30,19 @@ SPARE_TOKENS = 2
 """Megatron leaves so many places of the encoder free."""
 USUAL_SPAN_TOKENS = 3
 """Fewer than a span of Megatron's has on average (4.5 words), so a sample has not more spans than this makes of it."""
+
+
+def first_token(config: DataConfig, tokenizer: Tokenizer) -> int:
+    """What the decoder begins with: the paper's padding with the paper's spans, else Megatron's [BOS].
+
+    Raises: DataError for a vocabulary without it
+    """
+    return tokenizer.pad if has_paper_spans(config) else tokenizer.bos
+
+
+def has_paper_spans(config: DataConfig) -> bool:
+    """Whether spans are the paper's: asked for by either of its numbers."""
+    return config.noise_density is not None or config.mean_noise_span_length is not None
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ and no matrix of sq x sk is ever made."""
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -15,6 +17,8 @@ from megatron_ds.kernels.attention import Pattern, attention
 from megatron_ds.kernels.mask import Mask, Rule, visible
 
 Tensor = torch.Tensor
+SMALLEST_HEAD = 16
+"""Of torch's kernel on GPUs."""
 
 
 class FlexMask(NamedTuple):
@@ -25,8 +29,10 @@ class FlexMask(NamedTuple):
 
 
 def can_compile(device: torch.device) -> bool:
-    """FlexAttention is worth having only as a kernel, which Triton compiles for a GPU."""
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    """FlexAttention is worth having only as a kernel, which Triton and a C compiler make for a GPU."""
+    compilers = (os.environ.get("CC"), "cc", "gcc", "clang")
+    has_compiler = any(shutil.which(name) for name in compilers if name)
+    return device.type == "cuda" and has_compiler and importlib.util.find_spec("triton") is not None
 
 
 def flex_mask(rule: Rule) -> FlexMask | None:
@@ -49,13 +55,14 @@ def flex_mask(rule: Rule) -> FlexMask | None:
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, pattern: Pattern, dropout: float) -> Tensor:
-    """As kernels/attention.py's `attention`; FlexAttention has no dropout, so that with it a matrix is made after all.
+    """As kernels/attention.py's `attention`; for heads too small for the kernel a matrix is made after all.
 
     Shapes: q [sq, b, a, d], k and v [sk, b, k, d] -> [sq, b, a*d]
     """
     if not isinstance(mask, FlexMask):
         return attention(q, k, v, mask, pattern, dropout)
-    if dropout:
+    assert not dropout, "FlexAttention has none"
+    if q.shape[-1] < SMALLEST_HEAD:
         return attention(q, k, v, visible(mask.rule), pattern, dropout)
     call = _for(q.device, flex_attention)
     rows, columns, values = (t.permute(1, 2, 0, 3) for t in (q, k, v))

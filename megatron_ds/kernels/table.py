@@ -46,6 +46,7 @@ class Kernels:
     bias_dropout_add: Callable[[Tensor, Tensor | None, Tensor, float], Tensor] = dropout_add.bias_dropout_add
 
     @classmethod
-    def on(cls, device: torch.device) -> Kernels:
-        """The table for a device."""
-        return cls(mask=flex.flex_mask, attention=flex.flex) if flex.can_compile(device) else cls()
+    def on(cls, device: torch.device, attention_dropout: float) -> Kernels:
+        """The table for a device; FlexAttention has no dropout."""
+        flexes = not attention_dropout and flex.can_compile(device)
+        return cls(mask=flex.flex_mask, attention=flex.flex) if flexes else cls()

@@ -126,7 +126,7 @@ class ModelChunk(nn.Module):
         """
         for group, recompute in self._groups(layers, skipped):
             run = partial(_through, group, shared)
-            x = recomputed(run, self.runtime, x, memory, bias, streams=2) if recompute else run(x, memory, bias)
+            x = recomputed(run, self.runtime, x, memory, bias, streams=1) if recompute else run(x, memory, bias)
         return x
 
     def _groups(self, layers: Sequence[nn.Module], skipped: int) -> Iterator[tuple[Sequence[nn.Module], bool]]:

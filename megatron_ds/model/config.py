@@ -250,6 +250,8 @@ class TransformerConfig:
         unknown = sorted(set(stored) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise ValueError(f"unknown model options {', '.join(unknown)}")
+        if "bias_gelu_fusion" not in stored and not (stored["add_bias_linear"] or stored["swiglu"]):
+            stored = {**stored, "openai_gelu": True}  # from before GELU had forms: it was the tanh form
         config = cls(**stored)
         layers = ("encoder_layers",) if config.model_type == "T5" else ("num_layers",)
         for name in (*layers, "hidden_size", "num_attention_heads"):

@@ -168,7 +168,9 @@ def most_live(order: Sequence[Kind]) -> int:
 
 def _paper_run(run: Run, rank: int) -> Run:
     """The run as that rank would see it, without memory and without other ranks."""
-    on_gpu = Kernels(mask=_no_mask, attention=_flash, bias_dropout_add=_bias_dropout_add)
+    on_gpu = Kernels(attention=_flash, bias_dropout_add=_bias_dropout_add)
+    if not run.config.model.attention_dropout:
+        on_gpu = dataclasses.replace(on_gpu, mask=_no_mask)
     return dataclasses.replace(
         run,
         parallel=ParallelContext.on_paper(run.plan.sizes, rank),
@@ -180,7 +182,7 @@ def _paper_run(run: Run, rank: int) -> Run:
 
 
 def _no_mask(rule: Rule) -> None:
-    """GPUs leave out what is not seen block by block, without a matrix."""
+    """Without dropout GPUs leave out what is not seen block by block, and there is no matrix."""
 
 
 def _flash(

@@ -276,7 +276,7 @@ def _join(config: Config, plan: Plan, tokenizer: Tokenizer | None, device: torch
     parallel = context.start(config.parallel, plan.sizes, device)
     _say_time("after megatron is initialized")
     streams = DropoutStreams(config.training.seed, device_type=device.type)
-    return Run(config, plan, parallel, Kernels.on(device), device, tokenizer, streams)
+    return Run(config, plan, parallel, Kernels.on(device, config.model.attention_dropout), device, tokenizer, streams)
 
 
 def _announce(merged: Merged, plan: Plan) -> None:

@@ -14,6 +14,7 @@ from megatron_ds.checkpoint.layout import Index
 from megatron_ds.checkpoint.load import find, holds_checkpoints, load, names
 from megatron_ds.checkpoint.save import save
 from megatron_ds.config import Config
+from megatron_ds.data.t5 import first_token
 from megatron_ds.errors import CheckpointError, ConfigError
 from megatron_ds.model.config import TransformerConfig
 from megatron_ds.optim.loss_scale import LossScale
@@ -85,6 +86,13 @@ def load_checkpoint(engine: Engine, index: Index) -> Progress:
     with_optimizer = options.load_optim and not options.finetune
     stored = set(names(index))
     wanted = list(engine.model_pieces()) + (list(optimizer.pieces()) if with_optimizer else [])
+    if with_optimizer and not any(name.startswith("optimizer/") for name in stored):
+        raise CheckpointError(
+            f"--load: {index.path}",
+            "a checkpoint without optimizer state",
+            "one that a training run saved",
+            "--finetune to start from its weights at iteration 0, or --no-load-optim to go on from its iteration",
+        )
     load(index, [piece._replace(name=_best_source(piece.name, stored)) for piece in wanted])
     if with_optimizer:
         progress = _read_state(index, "progress", Progress.from_state)
@@ -160,6 +168,13 @@ def _best_source(name: str, stored: set[str]) -> str:
     return model if rest == ["master"] and master not in stored else name
 
 
+def _decoder_start(run: Run) -> int | None:
+    """What T5's decoder was trained to begin with; mock data have no such token."""
+    if run.config.model.model_type != "T5" or run.config.data.mock_data or run.tokenizer is None:
+        return None
+    return first_token(run.config.data, run.tokenizer)
+
+
 def _state(run: Run, progress: Progress) -> dict[str, Any]:
     """JSON beside the tensors: progress, and what a tool needs to rebuild the model."""
     layout = {**run.plan.sizes, "zero_stage": run.plan.zero_stage}
@@ -170,6 +185,7 @@ def _state(run: Run, progress: Progress) -> dict[str, Any]:
         "max_positions": run.plan.max_positions,
         "seq_length": run.plan.seq_length,
         "decoder_seq_length": run.plan.lengths.decoder or None,
+        "decoder_start_token_id": _decoder_start(run),
         "model": dataclasses.asdict(run.config.model),
         "tokenizer": dataclasses.asdict(run.config.tokenizer),
         "dtype": str(run.dtype).removeprefix("torch."),

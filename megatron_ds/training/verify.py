@@ -117,7 +117,9 @@ def _train(recipe: Recipe, config: Config, vocab_size: int, device: torch.device
     """A few steps from weights and on tokens that depend on the seed only."""
     plan = make_plan(config, parallel.world.size, vocab_size)
     streams = DropoutStreams(config.training.seed, device_type=device.type)
-    engine = build_engine(Run(config, plan, parallel, Kernels.on(device), device, None, streams), recipe)
+    engine = build_engine(
+        Run(config, plan, parallel, Kernels.on(device, config.model.attention_dropout), device, None, streams), recipe
+    )
     _set_weights(engine)
     schedule = lr_schedule(config.lr, config.optimizer, None, plan.global_batch_size, STEPS)
     progress, trained = Progress(), Trained([], [])
@@ -278,6 +280,7 @@ def _changes(config: Config) -> Iterator[_Change]:
             config,
             pipeline_model_parallel_size=1,
             pp_partition_method=None,
+            pipeline_model_parallel_split_rank=None,
             **one_order,
             **ends,
         )

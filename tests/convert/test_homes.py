@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_ds.config import parse, with_checkpoint_model
 from megatron_ds.convert.homes import find_home, folded
+from megatron_ds.convert.hub import load_hf
 from megatron_ds.convert.weights import Weights
+from megatron_ds.data.config import TokenizerConfig
 from megatron_ds.errors import CheckpointError
 from megatron_ds.model.config import TransformerConfig
+from megatron_ds.rules import check_config
+from tests.convert import published
 
 LLAMA = {"normalization": "RMSNorm", "position_embedding_type": "rope", "swiglu": True, "add_bias_linear": False}
 BERT = {"model_type": "BERT", "bias_gelu_fusion": False}
@@ -105,3 +111,18 @@ def test_norms_stored_less_one_are_folded() -> None:
         assert plain.read(name).tolist() == [1.25] * 3 and plain.read(name).dtype == torch.float32
     for name in ("layers.0.input_layernorm.bias", "layers.0.mlp.linear_fc1.weight"):
         assert plain.read(name).tolist() == [0.25] * 3
+
+
+@pytest.mark.parametrize("name", published.MODELS)
+def test_an_import_can_be_trained_as_it_is(tmp_path: Path, name: str) -> None:
+    """--use-checkpoint-args: no rule is broken by what nobody typed."""
+    weights = load_hf(published.save(name, tmp_path))
+    kind = weights.config.model_type
+    words = "--micro-batch-size 1 --train-iters 1 --lr 1e-3 --mock-data --seq-length 16 --load x --use-checkpoint-args"
+    config = parse(words.split() + ["--decoder-seq-length", "16"] * (kind == "T5"), {"model_type": kind})
+    state = {
+        "model": dataclasses.asdict(weights.config),
+        "max_positions": weights.max_positions,
+        "tokenizer": dataclasses.asdict(TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=99)),
+    }
+    check_config(with_checkpoint_model(config, state), 1)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.recipe import run
+from tests.helpers.recipe import environment
 from tests.house.source import ROOT
 from tools import write_flags_md
 
@@ -20,6 +22,8 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 CODE = re.compile(r"`([^`\n]+)`")
 FENCE = re.compile(r"^ *```[^\n]*\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
 SOURCE = re.compile(r"(?<![\w/.*-])[\w./*-]+\.(?:py|sh|sbatch|md|toml)\b")
+RECIPES = ("pretrain_gpt.py", "pretrain_bert.py", "pretrain_t5.py")
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 HOMES = (".", "megatron_ds", "docs")
 """Where a path may begin: at the root, in talk of rooms inside the package, in talk of pages beside them."""
 
@@ -69,9 +73,11 @@ def commands(text: str) -> list[list[str]]:
     return found
 
 
-def launches() -> list[tuple[str, list[str]]]:
+def launches() -> list[tuple[str, str, list[str]]]:
+    """Page, recipe, command."""
     texts = {key(page): page.read_text(encoding="utf-8") for page in PAGES}
-    return [(name, c) for name, text in texts.items() for c in commands(text) if "pretrain_gpt.py" in c]
+    found = [(name, command) for name, text in texts.items() for command in commands(text)]
+    return [(name, recipe, c) for name, c in found for recipe in RECIPES if recipe in c]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=key)
@@ -93,16 +99,46 @@ def test_flags_md_is_fresh() -> None:
     assert write_flags_md.main(["--check"]) == 0, "python tools/write_flags_md.py"
 
 
-@pytest.mark.parametrize(("page", "command"), launches(), ids=lambda value: value if isinstance(value, str) else "")
-def test_launch_passes_the_dry_run(page: str, command: list[str]) -> None:
-    where = command.index("pretrain_gpt.py")
+@pytest.mark.parametrize(
+    ("page", "recipe", "command"), launches(), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_launch_passes_the_dry_run(
+    page: str, recipe: str, command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = command.index(recipe)
     launcher, argv = command[:where], command[where + 1 :]
     if "--world-size" not in argv:
         sizes = dict(itertools.pairwise(launcher))
         argv += ["--world-size", str(int(sizes.get("--nnodes", 1)) * int(sizes.get("--nproc-per-node", 1)))]
-    outcome = run([*argv, "--dry-run"])
-    assert outcome.code == 0, f"{page}: {outcome.err}"
-    assert "dry run" in outcome.out
+    monkeypatch.setattr(os, "environ", environment())
+    monkeypatch.setattr(sys, "argv", [recipe, *argv, "--dry-run"])
+    runpy.run_path(str(ROOT / recipe), run_name="__main__")
+    out = capsys.readouterr().out
+    assert ("preset" if "--print-config" in argv else "dry run") in out, page
+
+
+def test_recipe_with_samples_of_its_own_trains(tmp_path: Path) -> None:
+    (block,) = BLOCK.findall((ROOT / "docs/data_formats.md").read_text(encoding="utf-8"))
+    (tmp_path / "recipe.py").write_text(MY_SAMPLE + block)
+    flags = """--num-layers 1 --hidden-size 16 --num-attention-heads 2 --seq-length 16 --micro-batch-size 2
+        --train-iters 2 --lr 1e-3 --tokenizer-type NullTokenizer --vocab-size 60 --log-interval 1 --device cpu"""
+    done = subprocess.run(
+        [sys.executable, "recipe.py", *flags.split()],
+        cwd=tmp_path, env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.count("sop loss: ") == 2
+
+
+MY_SAMPLE = """
+def my_sample(i):
+    text, asked = [(i + k) % 50 for k in range(16)], [k % 5 == 0 for k in range(16)]
+    labels = [t if a else -1 for t, a in zip(text, asked)]
+    return {
+        "text": text, "types": [0] * 8 + [1] * 8, "labels": labels, "loss_mask": asked, "padding_mask": [1] * 16,
+        "is_random": i % 2,
+    }
+
+"""
 
 
 def test_tools_know_the_flags_they_are_given() -> None:
@@ -119,7 +155,7 @@ def test_tools_know_the_flags_they_are_given() -> None:
 
 
 def test_there_is_something_to_check() -> None:
-    assert len(launches()) >= 2
+    assert {recipe for _, recipe, _ in launches()} == set(RECIPES)
     assert {"README.md", "docs/architecture.md", "docs/flags.md"} <= set(map(key, PAGES))
 
 

@@ -25,7 +25,9 @@ from megatron_ds.training.run import Run
 from megatron_ds.training.step import train_step
 from tests.helpers.ranks import run_ranks
 from tests.parity import harness
-from tests.parity.harness import RECIPE, STYLES, arguments, batches, fresh, start
+from tests.parity.harness import RECIPE, RECIPES, STYLES, ModelType, arguments, batches, fresh, start
+from tests.reference.bert import BertConfig
+from tests.reference.t5 import T5Config
 
 S, B, H, LAYERS, HEADS, VOCAB, ROWS = 32, 2, 64, 4, 8, 256, 32
 """Of the tests' model: positions, samples of a micro-batch, width, layers, heads, padded vocabulary, position table."""
@@ -43,18 +45,18 @@ class Rank(NamedTuple):
     measured: Costs
 
 
-def one_step(argv: list[str], style: str) -> Rank:
+def one_step(argv: list[str], model: Any, kind: ModelType) -> Rank:
     """Run on every rank."""
-    engine = start(argv)
+    engine = start(argv, kind)
     engine.initialise()
     meter = Meter(engine)
-    metered(engine, meter, style)
+    metered(engine, meter, model)
     assert meter.costs is not None
     context.stop()
     return Rank(engine.run.parallel.pp.rank, meter.costs)
 
 
-def metered(engine: Any, meter: Meter, style: str) -> None:
+def metered(engine: Any, meter: Meter, model: Any) -> None:
     """One step of the parity harness inside the meter."""
 
     def inside(engine: Any, schedule: Any, progress: Any, *others: Any, **flags: Any) -> Any:
@@ -62,16 +64,16 @@ def metered(engine: Any, meter: Meter, style: str) -> None:
             return train_step(engine, schedule, progress, *others, **flags)
 
     harness.train_step = inside
-    harness.steps(engine, fresh(engine), batches(STYLES[style], 1))
+    harness.steps(engine, fresh(engine), batches(model, 1))
 
 
-def ranks_of(world_size: int, flags: str, style: str = "gpt2") -> list[Rank]:
+def ranks_of(world_size: int, flags: str, model: Any = STYLES["gpt2"], kind: ModelType = "GPT") -> list[Rank]:
     """One real step in that layout; the prediction is of the very bytes."""
-    argv = arguments(STYLES[style], *flags.split())
-    found: list[Rank] = run_ranks(one_step, world_size, argv, style)
-    run = planned(argv, world_size)
+    argv = arguments(model, *flags.split())
+    found: list[Rank] = run_ranks(one_step, world_size, argv, model, kind)
+    run = planned(argv, world_size, kind)
     for number, (_, measured) in enumerate(found):
-        predicted = predict(run, RECIPE, number, measured.num_microbatches)
+        predicted = predict(run, RECIPES[kind], number, measured.num_microbatches)
         assert predicted.sent == measured.sent
         assert predicted.held == measured.held
         assert predicted.live == measured.live
@@ -82,9 +84,9 @@ def ranks_of(world_size: int, flags: str, style: str = "gpt2") -> list[Rank]:
     return found
 
 
-def planned(argv: list[str], world_size: int) -> Run:
+def planned(argv: list[str], world_size: int, kind: ModelType = "GPT") -> Run:
     """A run that nobody has started."""
-    config, cpu = parse(argv), torch.device("cpu")
+    config, cpu = parse(argv, {"model_type": kind}), torch.device("cpu")
     assert config.tokenizer.vocab_size
     plan = make_plan(config, world_size, config.tokenizer.vocab_size + 1)
     return Run(config, plan, ParallelContext.solo(), Kernels(), cpu, None, DropoutStreams(0))
@@ -228,6 +230,33 @@ def test_stages_send_activations_and_their_gradients(
         table = VOCAB * H // (2 if "tensor" in flags else 1)
         ends = all_reduced(table * FP32, 2) if rank.stage in (0, stages - 1) else 0
         assert rank.measured.sent["embedding all-reduce"] == ends
+
+
+BERT = BertConfig(num_layers=2, hidden=H, heads=HEADS, kv_heads=HEADS, ffn=4 * H, vocab=VOCAB, max_positions=S)
+T5 = T5Config(
+    encoder_layers=2,
+    decoder_layers=2,
+    hidden=H,
+    heads=HEADS,
+    kv_heads=HEADS,
+    ffn=4 * H,
+    vocab=VOCAB,
+    max_positions=S,
+    lengths=(S, S // 2),
+    positions="relative",
+)
+OTHERS: list[tuple[ModelType, Any, str, str, float]] = [
+    # 4 micro-batches, 2 layers, forward and backward: half of a rank's part of q, k, v and the output leaves it.
+    ("BERT", BERT, "--ds-sequence-parallel-size 2", "cp all-to-all", 4 * 2 * 2 * (3 + 1) * S // 2 * B * H * FP32 // 2),
+    # 4 micro-batches: S + S/2 positions, and 4 rows for two tables of 32 x 8.
+    ("T5", T5, "--pipeline-model-parallel-size 2", "pp send", 4 * (S + S // 2 + 4) * B * H * FP32),
+]
+
+
+@pytest.mark.parametrize(("kind", "model", "flags", "name", "sent"), OTHERS, ids=["BERT", "T5"])
+def test_bert_and_t5_cost_what_was_predicted(kind: ModelType, model: Any, flags: str, name: str, sent: float) -> None:
+    for rank in ranks_of(2, f"--micro-batch-size {B} {flags}", model, kind):
+        assert rank.measured.sent[name] == sent
 
 
 def counted_outside(argv: list[str], style: str) -> tuple[Counter[str], Counter[str]]:
