@@ -156,6 +156,8 @@ HINTS: dict[str, str] = {
     "--train-tokens": f"{_TOKENS}: use --train-samples",
     "--lr-decay-tokens": f"{_TOKENS}: use --lr-decay-samples",
     "--lr-warmup-tokens": f"{_TOKENS}: use --lr-warmup-samples",
+    "--encoder-pipeline-model-parallel-size": "use --pipeline-model-parallel-split-rank: the decoder's first stage",
+    "--encoder-tensor-model-parallel-size": "encoder and decoder share --tensor-model-parallel-size",
     "--kill-switch-file": f"kill switches are {_LATER}; SIGTERM saves and leaves",
     "--kill-switch-path": f"kill switches are {_LATER}; SIGTERM saves and leaves",
     **dict.fromkeys(("--remote-device", "--use-torch-fsdp2", "--use-megatron-fsdp"), _ZERO3),

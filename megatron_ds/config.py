@@ -181,7 +181,11 @@ def with_checkpoint_model(config: Config, state: Mapping[str, Any]) -> Config:
     kept = {field for field in FILES if f"tokenizer.{field}" in config.typed} | {"make_vocab_size_divisible_by"}
     taken = {field: value for field, value in stored.items() if field not in kept and value is not None}
     tokenizer = dataclasses.replace(config.tokenizer, **taken)
-    after = dataclasses.replace(config, model=model, tokenizer=tokenizer)
+    lengths = {
+        name: state.get(name) for name in ("seq_length", "decoder_seq_length") if f"data.{name}" not in config.typed
+    }
+    data = dataclasses.replace(config.data, **{name: length for name, length in lengths.items() if length})
+    after = dataclasses.replace(config, model=model, tokenizer=tokenizer, data=data)
     return attributed(config, after, f"checkpoint {config.checkpoint.load}")
 
 

@@ -72,6 +72,13 @@ def check_model(config: Config) -> Iterator[ConfigError]:
             "one number: they are two names of the same thing",
             f"leave --num-key-value-heads out, or make it {model.num_query_groups}",
         )
+    if model.num_query_groups != 1 and not model.group_query_attention:
+        yield ConfigError(
+            "--num-query-groups",
+            f"{model.num_query_groups} without --group-query-attention, which would leave it unread",
+            "both or neither",
+            "add --group-query-attention",
+        )
     if model.kv_channels is None and hidden % heads:
         yield ConfigError(
             "--num-attention-heads",

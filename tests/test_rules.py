@@ -50,6 +50,9 @@ RULES: dict[str, Rule] = {
         {"num_attention_heads": 25, "hidden_size": 1600, "num_layers": 48, "tensor_model_parallel_size": 1},
     ),
     "key/value heads": (1, {"num_key_value_heads": 5}, "--num-key-value-heads", {"num_key_value_heads": 4}),
+    "groups without their flag": (
+        1, {"num_query_groups": 2}, "--num-query-groups", {"group_query_attention": True, "num_query_groups": 2},
+    ),
     "groups": (
         1, {"group_query_attention": True, "num_query_groups": 8}, "--num-query-groups",
         {"group_query_attention": True, "num_query_groups": 6},
@@ -371,7 +374,6 @@ RULES: dict[str, Rule] = {
 BERT_RULES: dict[str, Rule] = {
     "documents": (1, {"reset_attention_mask": True}, "--reset-attention-mask", {}),
     "positions of documents": (1, {"reset_position_ids": True}, "--reset-position-ids", {}),
-    "order": (1, {"no_shuffle": True}, "--no-shuffle", {}),
     "ends": (1, {"eod_mask_loss": True}, "--eod-mask-loss", {}),
     "parallel residual": (1, {"use_parallel_residual": True}, "--use-parallel-residual",
                           {"apply_residual_connection_post_layernorm": True}),

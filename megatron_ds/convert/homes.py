@@ -46,7 +46,14 @@ def find_home(weights: Weights) -> Family:
 
     Raises: CheckpointError if there is none, with every candidate's reason
     """
-    reasons: dict[str, str] = {}
+    config, reasons = weights.config, dict[str, str]()
+    if config.model_type == "BERT" and config.kernel == "gelu_tanh" and not config.openai_gelu:
+        raise CheckpointError(
+            "--saver hf",
+            "a BERT with GELU's tanh form in its layers and GELU by erf in its head, Megatron's default",
+            "one form: the classes of Hugging Face have one for both",
+            "train with --no-bias-gelu-fusion (erf) or --openai-gelu (tanh); tools/forward.py runs it as it is",
+        )
     fitting = []
     for family in FAMILIES:
         if family.of == weights.config.model_type:
@@ -65,7 +72,7 @@ def find_home(weights: Weights) -> Family:
         "a model that no class of Hugging Face computes\n"
         + "\n".join(f"      {name}: {reason}" for name, reason in reasons.items()),
         "one of these classes",
-        "keep it in its own format; tools/forward.py and tools/generate.py run it",
+        "keep it in its own format, in which tools/forward.py runs it",
     )
 
 
@@ -78,7 +85,7 @@ def _misfit(family: Family, weights: Weights) -> str:
     except CheckpointError as error:
         return f"{error.subject.removeprefix(f'{family.name}: ')} {error.found}"
     ours, theirs = weights.config.architecture(), back.architecture()
-    lost = [f"{flag} {ours[flag]} (it has {theirs[flag]})" for flag in ours if ours[flag] != theirs[flag]]
+    lost = [f"{flag}: {ours[flag]} here, {theirs[flag]} there" for flag in ours if ours[flag] != theirs[flag]]
     return "; ".join(lost[:4]) + (f"; {len(lost) - 4} more" if len(lost) > 4 else "")
 
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from megatron_ds.data.config import DataConfig
-from megatron_ds.errors import ConfigError
+from megatron_ds.errors import ConfigError, DataError
 
 B = TypeVar("B", bound="Batch")
 Collate = Callable[[Sequence[Any]], Any]
@@ -163,12 +163,23 @@ def collate_gpt(
         ended = np.zeros_like(tokens)
         ended[:, 1:] = is_eod[:, :-1].cumsum(axis=1)
         documents = torch.from_numpy(ended)
+    _check_length(config.seq_length, tokens)
     whole = (torch.from_numpy(array) for array in (tokens, labels, loss_mask, np.array(positions, np.int64)))
     return GPTBatch(*whole, documents)  # type: ignore[call-arg]
 
 
+def _check_length(length: int | None, tokens: npt.NDArray[np.int64] | torch.Tensor) -> None:
+    if length is not None and tokens.shape[1] != length:
+        raise DataError("a sample", found=f"{tokens.shape[1]} tokens", expected=f"{length}, as --seq-length says")
+
+
 def _at(row: Any, key: str) -> Any:
-    return row[key]
+    """Raises: DataError for a row without that key"""
+    try:
+        return row[key]
+    except (KeyError, IndexError, TypeError):
+        names = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
+        raise DataError("a sample", found=names, expected=f"a mapping with {key!r} in it") from None
 
 
 _GIVEN = frozenset({"tokens", "labels", "loss_mask", "position_ids"})
@@ -184,7 +195,7 @@ def collate_bert(rows: Sequence[Mapping[str, Any]]) -> BERTBatch:
         _stack(rows, "labels").clamp(min=0),
         _stack(rows, "loss_mask").float(),
         1 - _stack(rows, "padding_mask"),
-        torch.tensor([int(row["is_random"]) for row in rows]),
+        torch.tensor([int(_at(row, "is_random")) for row in rows]),
         torch.arange(s).repeat(b, 1),
         torch.ones(b),
     )
@@ -202,5 +213,7 @@ def collate_t5(rows: Sequence[Mapping[str, Any]]) -> T5Batch:
 
 
 def _stack(rows: Sequence[Mapping[str, Any]], key: str) -> torch.Tensor:
-    """[b, s], int64"""
-    return torch.from_numpy(np.stack([np.asarray(row[key]) for row in rows]).astype(np.int64))
+    """[b, s], int64; a mask of s x s, as Megatron-DeepSpeed makes them, is known by its diagonal."""
+    arrays = [np.asarray(_at(row, key)) for row in rows]
+    arrays = [array.diagonal() if array.ndim == 2 else array for array in arrays]
+    return torch.from_numpy(np.stack(arrays).astype(np.int64))

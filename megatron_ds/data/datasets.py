@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from megatron_ds.data import bert, t5
 from megatron_ds.data.blend import TokenDataset
 from megatron_ds.data.config import DataConfig
@@ -209,7 +211,7 @@ def _too_few_sentinels(found: int, needed: int) -> DataError:
 
 
 def _check_masking(config: DataConfig, seq_length: int, special_tokens: int) -> None:
-    """Raises: ConfigError for shares that are none, or a sequence without room for two tokens of text"""
+    """Raises: ConfigError for shares that are none, or a sequence without room for two tokens of text or for a mask"""
     for flag, share in (("--mask-prob", config.mask_prob), ("--short-seq-prob", config.short_seq_prob)):
         if not 0 <= share <= 1 or (flag == "--mask-prob" and share in (0, 1)):
             raise ConfigError(flag, found=str(share), expected="a share between 0 and 1")
@@ -218,4 +220,12 @@ def _check_masking(config: DataConfig, seq_length: int, special_tokens: int) -> 
             "--seq-length",
             found=str(seq_length),
             expected=f"at least {special_tokens + 2}: {special_tokens} special tokens and 2 of text",
+        )
+    if config.mask_prob * (seq_length - special_tokens) < 1:
+        enough = special_tokens + math.ceil(1 / config.mask_prob)
+        raise ConfigError(
+            "--seq-length, --mask-prob",
+            found=f"{config.mask_prob} of {seq_length - special_tokens} tokens of text, which masks none",
+            expected="at least one masked token",
+            fix=f"--seq-length {enough}, or a higher --mask-prob",
         )

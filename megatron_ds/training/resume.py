@@ -148,6 +148,13 @@ def _read_state(index: Index, key: str, read: Callable[[Mapping[str, Any]], T]) 
 def _check_architecture(model: TransformerConfig, index: Index) -> None:
     """Weights of equal shapes may still mean another model: heads, norms, positions, tying."""
     stored = stored_model(index)
+    if stored.model_type != model.model_type:
+        raise CheckpointError(
+            f"--load: {index.path}",
+            f"a {stored.model_type} model",
+            f"a {model.model_type} model, in a recipe for one",
+            f"pretrain_{stored.model_type.lower()}.py",
+        )
     asked, found = model.architecture(), stored.architecture()
     differing = [flag for flag in asked if asked[flag] != found[flag]]
     if differing:

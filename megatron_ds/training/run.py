@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -10,6 +10,7 @@ import torch
 
 from megatron_ds.config import Config
 from megatron_ds.data.tokenizer import Tokenizer
+from megatron_ds.errors import DataError
 from megatron_ds.kernels.table import Kernels
 from megatron_ds.model.chunk import ModelChunk, Stage
 from megatron_ds.model.runtime import Runtime, WeightGrads
@@ -95,13 +96,25 @@ class Splits(NamedTuple):
     test: Any
 
 
-def as_splits(found: Datasets | tuple[Any, Any, Any]) -> Datasets:
-    """What a provider gave: an object with three attributes, or the tuple that Megatron's providers return."""
-    return Splits(*found) if isinstance(found, tuple) else found
+def as_splits(found: Datasets | Sequence[Any]) -> Datasets:
+    """What a provider gave: an object with three attributes, or the tuple that Megatron's providers return.
+
+    Raises: DataError for anything else
+    """
+    if isinstance(found, (tuple, list)) and len(found) == 3:
+        return Splits(*found)
+    if not all(hasattr(found, name) for name in Splits._fields):
+        raise DataError(
+            "the recipe's datasets provider",
+            found=f"a {type(found).__name__}",
+            expected="three datasets (None for one that is not needed): training, validation, test",
+            fix="return train, valid, test",
+        )
+    return found  # type: ignore[return-value]
 
 
 ModelProvider = Callable[[Run, Stage], ModelChunk]
-DatasetsProvider = Callable[[Run, SampleCounts], "Datasets | tuple[Any, Any, Any]"]
+DatasetsProvider = Callable[[Run, SampleCounts], "Datasets | Sequence[Any]"]
 
 
 class Recipe(NamedTuple):

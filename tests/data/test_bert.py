@@ -157,6 +157,9 @@ def test_what_else_is_refused(prefix: str) -> None:
         )
     with pytest.raises(ConfigError, match="--seq-length"):
         build(prefix, seq=4)
+    # 15 % of 5 tokens is less than one: nothing would ever be masked.
+    with pytest.raises(ConfigError, match="--seq-length 10, or a higher --mask-prob"):
+        build(prefix, seq=8)
     with pytest.raises(ConfigError, match="--mask-prob"):
         build(prefix, mask_prob=1.0)
     with pytest.raises(ConfigError, match="--short-seq-prob"):

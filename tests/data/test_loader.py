@@ -154,6 +154,16 @@ def test_bert_and_t5_batches_by_hand() -> None:
     assert both.labels.tolist() == [[9, 0]] and both.encoder_documents.tolist() == [[0, 0, 1]]
 
 
+def test_rows_that_do_not_fit_are_told() -> None:
+    with pytest.raises(DataError, match="'text'"):
+        collate_for("BERT", DataConfig(), None)([{"tokens": np.arange(4)}])
+    with pytest.raises(DataError, match="--seq-length"):
+        collate_for("GPT", DataConfig(seq_length=9), None)([np.arange(5)])
+    square = {"text_enc": np.arange(3), "text_dec": np.arange(2), "labels": np.arange(2), "loss_mask": np.ones(2)}
+    square["enc_mask"] = np.outer([1, 1, 0], [1, 1, 0])  # as Megatron-DeepSpeed makes it
+    assert collate_for("T5", DataConfig(), None)([square]).encoder_documents.tolist() == [[0, 0, 1]]
+
+
 def test_masks_need_an_end_of_document() -> None:
     with pytest.raises(ConfigError, match="--eod-mask-loss"):
         collate_for("GPT", DataConfig(eod_mask_loss=True), None)
