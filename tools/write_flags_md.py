@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write docs/flags.md, every flag of pretrain_gpt.py, from the dataclasses that define them.
+"""Write docs/flags.md, every flag of the recipes, from the dataclasses that define them.
 
 python tools/write_flags_md.py            writes it
 python tools/write_flags_md.py --check    exit code 1 if it is not what it would write
@@ -22,12 +22,12 @@ from megatron_ds.config import GROUPS
 
 TARGET = Path(__file__).resolve().parents[1] / "docs/flags.md"
 
-HEAD = """# Flags of pretrain_gpt.py
+HEAD = """# Flags of pretrain_gpt.py, pretrain_bert.py and pretrain_t5.py
 
 Written by `tools/write_flags_md.py` from the dataclasses; do not edit. Names and defaults are Megatron's where it has
 them; where one thing has several names, all are here. In a name `_` and `-` are the same. A switch takes no value; its
 meaning is what happens when it is given. Rules between flags: `megatron_ds/rules.py`; `--dry-run` names those that
-a command line breaks.
+a command line breaks, and refuses a flag that a model does not read.
 """
 
 REFUSED = """## Refused

@@ -67,7 +67,7 @@ def test_what_was_shrunk_is_said() -> None:
     text = run(2, f"{LLAMA} --tensor-model-parallel-size 2")
     shown = {" ".join(line.split()) for line in text.splitlines()}
     assert {"total layers 32 -> 2", "num attention heads 32 -> 16", "kv heads 8 -> 4", "bf16 True -> False"} <= shown
-    assert "rope, RMSNorm, SwiGLU, no biases, untied" in text
+    assert "rope positions, RMSNorm, swiglu, no biases, untied" in text
 
 
 @pytest.mark.parametrize(
