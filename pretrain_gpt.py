@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from megatron_ds import pretrain
-from megatron_ds.data.datasets import Datasets, build_gpt_datasets
 from megatron_ds.data.batch import GPTBatch
+from megatron_ds.data.datasets import Datasets, build_gpt_datasets
 from megatron_ds.model.gpt import GPTModel
 from megatron_ds.plan import SampleCounts
 from megatron_ds.training.run import Loss, Run, Stage
