@@ -48,7 +48,7 @@ case "$KIND" in
         ;;
     t5)
         VOCAB_SIZE=4096
-        CPU_ITERS=800
+        CPU_ITERS=1500
         CPU_MODEL=(--model-preset t5-v1_1-small --num-layers 2 --hidden-size 192 --num-attention-heads 4
             --kv-channels 48 --ffn-hidden-size 512 --encoder-seq-length 128 --decoder-seq-length 48
             --micro-batch-size 16 --global-batch-size 16 --lr 2e-3 --min-lr 2e-4)
