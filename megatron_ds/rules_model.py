@@ -174,14 +174,15 @@ def check_masking(config: Config) -> Iterator[ConfigError]:
     data = config.data
     spans = {"--noise-density": data.noise_density, "--mean-noise-span-length": data.mean_noise_span_length}
     given = [flag for flag, value in spans.items() if value is not None]
-    default = next(flag.default for flag in flags_of(GROUPS["data"]) if flag.field == "mask_prob")
-    if given and data.mask_prob != default:
-        yield ConfigError(
-            "--mask-prob",
-            f"{' and '.join(given)} beside it",
-            "one of them: spans as in T5's paper count by --noise-density",
-            "leave --mask-prob out",
-        )
+    for flag in flags_of(GROUPS["data"]):
+        unread = flag.field in ("mask_prob", "short_seq_prob") and config.value(f"data.{flag.field}") != flag.default
+        if given and unread:
+            yield ConfigError(
+                flag.names[0],
+                f"{' and '.join(given)} beside it",
+                "one of them: spans as in T5's paper fill whole samples, and count by --noise-density",
+                f"leave {flag.names[0]} out",
+            )
 
 
 def check_stack_names(config: Config) -> Iterator[ConfigError]:

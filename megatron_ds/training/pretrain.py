@@ -21,6 +21,7 @@ from megatron_ds.data.loader import MicrobatchLoader
 from megatron_ds.data.tokenizer import Tokenizer, build_tokenizer, planned_vocab_size
 from megatron_ds.deepspeed_json import Merged, merge
 from megatron_ds.errors import EXIT_FAULT, EXIT_RESUBMIT, EXIT_TERMINATED, ConfigError, ConfigErrors, UserError
+from megatron_ds.kernels.mask import visible
 from megatron_ds.kernels.table import Kernels
 from megatron_ds.optim.lr import lr_schedule
 from megatron_ds.parallel import context, launch
@@ -276,7 +277,13 @@ def _join(config: Config, plan: Plan, tokenizer: Tokenizer | None, device: torch
     parallel = context.start(config.parallel, plan.sizes, device)
     _say_time("after megatron is initialized")
     streams = DropoutStreams(config.training.seed, device_type=device.type)
-    return Run(config, plan, parallel, Kernels.on(device, config.model.attention_dropout), device, tokenizer, streams)
+    kernels = Kernels.on(device, config.model.attention_dropout)
+    if device.type == "cuda" and kernels.mask is visible:
+        log.info(
+            "masks of attention, where there are any, are whole matrices: FlexAttention needs Triton, a C compiler"
+        )
+        log.info("and --attention-dropout 0")
+    return Run(config, plan, parallel, kernels, device, tokenizer, streams)
 
 
 def _announce(merged: Merged, plan: Plan) -> None:
@@ -290,6 +297,8 @@ def _announce(merged: Merged, plan: Plan) -> None:
     _say_merged(merged)
     if config.compat.used():
         log.info(f"accepted, without effect (see --help): {' '.join(config.compat.used())}")
+    if not config.model.uses_rope and {"model.rotary_percent", "model.rotary_base"} & config.typed:
+        log.info("--rotary-percent, --rotary-base: no effect without --position-embedding-type rope")
     if plan.zero_stage == 2 and not config.optimizer.overlap_grad_reduce:
         log.info("--no-overlap-grad-reduce: no effect with --zero-stage 2, which reduces during every backward")
     if plan.zero_stage == 2 and config.optimizer.reduce_bucket_size:
