@@ -89,9 +89,8 @@ def _deal(counts: list[int], num_stages: int) -> tuple[tuple[Stage, ...], ...]:
 def _work(model: TransformerConfig, lengths: Lengths) -> list[int]:
     """What each layer multiplies per sample: its parameters, each as often as there are positions."""
     assert model.hidden_size
-    attention = (
-        2 * model.hidden_size * model.head_size * (model.num_attention_heads or 1)
-    )  # of two of its four matrices
+    # Of two of its four matrices.
+    attention = 2 * model.hidden_size * model.head_size * (model.num_attention_heads or 1)
     mlp = model.hidden_size * model.ffn_size * (3 if model.gated else 2)
     encoder = lengths.tokens * (2 * attention + mlp)
     decoder = lengths.decoder * (3 * attention + mlp) + lengths.tokens * attention

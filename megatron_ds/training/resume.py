@@ -15,7 +15,7 @@ from megatron_ds.checkpoint.load import find, holds_checkpoints, load, names
 from megatron_ds.checkpoint.save import save
 from megatron_ds.config import Config
 from megatron_ds.data.t5 import first_token
-from megatron_ds.errors import CheckpointError, ConfigError
+from megatron_ds.errors import CheckpointError, ConfigError, DataError
 from megatron_ds.model.config import TransformerConfig
 from megatron_ds.optim.loss_scale import LossScale
 from megatron_ds.parallel.collectives import barrier, gather_bytes
@@ -176,10 +176,13 @@ def _best_source(name: str, stored: set[str]) -> str:
 
 
 def _decoder_start(run: Run) -> int | None:
-    """What T5's decoder was trained to begin with; mock data have no such token."""
+    """What T5's decoder was trained to begin with; None where samples come from elsewhere."""
     if run.config.model.model_type != "T5" or run.config.data.mock_data or run.tokenizer is None:
         return None
-    return first_token(run.config.data, run.tokenizer)
+    try:
+        return first_token(run.config.data, run.tokenizer)
+    except DataError:  # our own samples would have been refused at start; a provider's need no such token
+        return None
 
 
 def _state(run: Run, progress: Progress) -> dict[str, Any]:
