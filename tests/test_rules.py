@@ -420,7 +420,9 @@ T5_RULES: dict[str, Rule] = {
     ),
     "binary head": (1, {"bert_no_binary_head": True}, "--bert-no-binary-head", {"no_lm_head_bias": True}),
     "two maskings": (1, {"mask_prob": 0.2, "mean_noise_span_length": 3}, "--mask-prob", {"mask_prob": 0.2}),
-    "short samples of whole ones": (1, {"short_seq_prob": 0.2, "noise_density": 0.1}, "--short-seq-prob", {"short_seq_prob": 0.2}),
+    "short samples of whole ones": (
+        1, {"short_seq_prob": 0.2, "noise_density": 0.1}, "--short-seq-prob", {"short_seq_prob": 0.2},
+    ),
     "density": (1, {"noise_density": 0}, "--noise-density", {"noise_density": 0.5, "mean_noise_span_length": 1}),
     "span": (1, {"mean_noise_span_length": 0.5}, "--mean-noise-span-length", {"mean_noise_span_length": 1.5}),
     "ring": (2, {"context_parallel_size": 2}, "--context-parallel-size",
