@@ -1,4 +1,4 @@
-"""What this machine is and how fast it multiplies: `python benchmarks/machine.py` prints one JSON row.
+"""What this machine is, how fast it multiplies and copies: `python benchmarks/machine.py` prints one JSON row.
 
 A training rate means little without its machine; a share of the machine's own best matmul travels better.
 """
@@ -55,6 +55,11 @@ def best_matmul(device: str = "cpu", seconds: float = 2.0, shapes: tuple[Shape, 
     return result
 
 
+def limits(device: str = "cpu", seconds: float = 2.0) -> dict[str, Any]:
+    """What no program can beat: the fastest products and the fastest copy."""
+    return {"best_matmul": best_matmul(device, seconds), "copy_gb_per_s": round(best_copy(device, seconds), 1)}
+
+
 def matmul_gflops(shape: Shape, dtype: torch.dtype, device: str = "cpu", seconds: float = 2.0) -> float:
     """GFLOP/s of the fastest of many multiplications; at least five are timed, however slow."""
     rows, inner, columns = shape
@@ -68,6 +73,20 @@ def matmul_gflops(shape: Shape, dtype: torch.dtype, device: str = "cpu", seconds
     while len(times) < 5 or time.perf_counter() < stop:
         times.append(once())
     return 2e-9 * rows * inner * columns / min(times)
+
+
+def best_copy(device: str = "cpu", seconds: float = 2.0, mib: int | None = None) -> float:
+    """GB/s of the fastest copy of a buffer that no cache holds, what is read and what is written counted alike."""
+    mib = mib or (256 if torch.device(device).type == "cpu" else 2048)
+    source = torch.ones(mib * 2**18, device=device)
+    target = torch.empty_like(source)
+    once = _timer(lambda: target.copy_(source), device)
+    once()
+    times: list[float] = []
+    stop = time.perf_counter() + seconds
+    while len(times) < 5 or time.perf_counter() < stop:
+        times.append(once())
+    return 2e-9 * source.nbytes / min(times)
 
 
 def _timer(work: Callable[[], object], device: str) -> Callable[[], float]:
@@ -111,7 +130,7 @@ def _memory_gib() -> float:
 def main() -> None:
     """Print one JSON row."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(json.dumps({"benchmark": "machine", **describe(), "device": device, "matmul": best_matmul(device)}))
+    print(json.dumps({"benchmark": "machine", **describe(), "device": device, **limits(device)}))
 
 
 if __name__ == "__main__":

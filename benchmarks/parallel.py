@@ -8,22 +8,20 @@ time, and who waits sleeps. Prints one JSON row per configuration: tokens per se
 of processor time, peak memory of each process, `ours_over_it` (median over rounds of its time over ours: above 1 ours
 is faster), the losses of the first steps, and whether they agree. Exits with 1 if they do not, or if a side failed.
 
-DeepSpeed is optional: its rows say so where it is not installed. In an environment of its own:
+DeepSpeed and Megatron-Core are optional: rows say so where they are not installed. In an environment of its own:
 
     python -m venv VENV && VENV/bin/pip install torch==2.13.0 && VENV/bin/pip install -e .
-    DS_BUILD_OPS=0 VENV/bin/pip install deepspeed && VENV/bin/python benchmarks/parallel.py
+    DS_BUILD_OPS=0 VENV/bin/pip install deepspeed ninja && VENV/bin/pip install --no-deps megatron-core==0.16.1
+    VENV/bin/python benchmarks/parallel.py
 
-Its first start compiles a library (g++ and ninja; minutes). Killed meanwhile it leaves ~/.cache/torch_extensions/*/
-deepspeed_shm_comm/lock behind, on which every later start waits for ever: remove it.
+DeepSpeed's first start compiles a library (g++ and ninja; minutes). Killed meanwhile it leaves behind
+~/.cache/torch_extensions/*/deepspeed_shm_comm/lock, on which every later start waits for ever: remove it.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.metadata
-import importlib.util
-import json
 import multiprocessing
 import os
 import socket
@@ -39,9 +37,8 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import machine
-from benchmarks.peer import TINY, W2, Workload, random_batch
-from benchmarks.peers_common import initial_weights, micro_batches, save_initial_weights
-from benchmarks.train_step import _arguments, _commit
+from benchmarks.peers_common import commit, peak_rss_mb, save_initial_weights, versions, write_row
+from benchmarks.workloads import TINY, W2, Workload, random_batch
 
 PROCESSES = 2
 WORKLOADS = {"W2": W2, "tiny": dataclasses.replace(TINY, global_=8)}
@@ -62,9 +59,9 @@ PEERS = {
     "dp": ("DDP (autocast)", "DDP (weights)"),
     "zero1": ("DDP + ZeroRedundancyOptimizer", "DeepSpeed ZeRO-1"),
     "zero2": ("DeepSpeed ZeRO-2", "DDP", "FSDP2"),
-    "tp": ("DTensor TP (autocast)", "DTensor TP (weights)"),
+    "tp": ("Megatron-Core TP", "DTensor TP (autocast)", "DTensor TP (weights)"),
     "sp": ("DTensor TP + SP (autocast)", "DTensor TP + SP (weights)"),
-    "pp": ("pipelining 1F1B (autocast)", "pipelining 1F1B (weights)"),
+    "pp": ("Megatron-Core PP", "pipelining 1F1B (autocast)", "pipelining 1F1B (weights)"),
 }
 """In brackets how bf16 is computed where that is the user's choice: one of the two is the faster one."""
 
@@ -81,77 +78,6 @@ class Task(NamedTuple):
     port: int
 
 
-class OurStep:
-    """One rank of the package's own training, built from a command line like any other."""
-
-    def __init__(self, task: Task):
-        import torch
-
-        import pretrain_gpt
-        from megatron_ds.config import parse
-        from megatron_ds.kernels.table import Kernels
-        from megatron_ds.optim.lr import lr_schedule
-        from megatron_ds.parallel import context
-        from megatron_ds.parallel.rng import DropoutStreams
-        from megatron_ds.plan import make_plan
-        from megatron_ds.training.engine import build_engine
-        from megatron_ds.training.progress import Progress
-        from megatron_ds.training.run import Recipe, Run
-
-        self.workload = task.workload
-        config = parse(_arguments(task.workload, task.dtype, "cpu") + task.our_flags.split())
-        plan = make_plan(config, PROCESSES, task.workload.vocab)
-        device = torch.device("cpu")
-        self.parallel = context.start(config.parallel, plan.sizes, device)
-        run = Run(config, plan, self.parallel, Kernels(), device, None, DropoutStreams(0))
-        recipe = Recipe(
-            pretrain_gpt.train_valid_test_datasets_provider, pretrain_gpt.model_provider, pretrain_gpt.forward_step
-        )
-        self.engine = build_engine(run, recipe)
-        self._load(initial_weights(task.weights))
-        self.schedule = lr_schedule(config.lr, config.optimizer, None, plan.global_batch_size, 1000)
-        self.progress = Progress(loss_scale=self.engine.loss_scaling.start())
-        self.positions = torch.arange(task.workload.seq).expand(task.workload.micro, -1)
-        self.ones = torch.ones(task.workload.micro, task.workload.seq)
-
-    def _load(self, weights: dict[str, Any]) -> None:
-        """Our parameters under the peers' names, each cut as its row of the parameter table says."""
-        tp = self.parallel.tp
-        for name, spec in self.engine.table.items():
-            values = weights[_peer_name(name)].new_zeros(spec.local_shape(tp.size))
-            for region in spec.regions(tp.rank, tp.size):
-                values[region.local.slices()] = weights[_peer_name(name)][region.globe.slices()]
-            self.engine.optimizer.set_values(name, values)
-
-    def step(self, batch: tuple[Any, Any]) -> float:
-        """One step on a global batch."""
-        from megatron_ds.data.batch import GPTBatch
-        from megatron_ds.timers import Timers
-        from megatron_ds.training.step import train_step
-
-        dp = self.parallel.dp
-        parts = micro_batches(batch, self.workload, dp.rank, dp.size)
-        batches = (GPTBatch(tokens, labels, self.ones, self.positions) for tokens, labels in parts)
-        result = train_step(self.engine, self.schedule, self.progress, batches, Timers(), stop=False, out_of_time=False)
-        self.progress = self.progress.after_step(len(batch[0]), result.skipped, result.next_loss_scale)
-        self.grad_norm = result.grad_norm
-        return result.losses["lm loss"]
-
-
-def _peer_name(name: str) -> str:
-    """`layers.3.mlp.linear_fc1.bias` is the peers' `blocks.3.fc_1.bias`."""
-    modules = {
-        "input_layernorm": "ln_1", "self_attention.linear_qkv": "qkv", "self_attention.linear_proj": "proj",
-        "pre_mlp_layernorm": "ln_2", "mlp.linear_fc1": "fc_1", "mlp.linear_fc2": "fc_2", "final_layernorm": "ln_f",
-        "embedding.word_embeddings": "words", "embedding.position_embeddings": "positions",
-    }  # fmt: skip
-    module, _, leaf = name.rpartition(".")
-    if not module.startswith("layers."):
-        return f"{modules[module]}.{leaf}"
-    _, number, inner = module.split(".", 2)
-    return f"blocks.{number}.{modules[inner]}.{leaf}"
-
-
 def build(task: Task) -> Any:
     """This rank's side. Imports here, so that nobody's memory holds what only another side needs."""
     import torch
@@ -161,7 +87,13 @@ def build(task: Task) -> Any:
     side, _, bf16 = task.side.removesuffix(")").partition(" (")
     options: dict[str, Any] = {"bf16": bf16} if bf16 else {}
     if side == "ours":
-        return OurStep(task)
+        from benchmarks.ours import OurStep
+
+        return OurStep(task.workload, task.dtype, "cpu", task.weights, task.our_flags, PROCESSES)
+    if side.startswith("Megatron-Core"):
+        from benchmarks.peers_megatron_core import MegatronCoreStep
+
+        return MegatronCoreStep(*arguments, **{side[-2:].lower(): PROCESSES})
     if side in ("DTensor TP", "DTensor TP + SP", "pipelining 1F1B"):
         from benchmarks import peers_model_parallel as model_parallel
 
@@ -201,18 +133,12 @@ def work(task: Task, pipe: Connection) -> None:
                 seconds, cpu_seconds = time.perf_counter() - begun, time.process_time() - begun_cpu
                 answers.append((seconds, cpu_seconds, loss, side.grad_norm))
             pipe.send(answers)
-        pipe.send(_peak_mb())
+        pipe.send(peak_rss_mb())
         dist.destroy_process_group()
     except (EOFError, BrokenPipeError):
         return  # the parent is gone
     except Exception:
         pipe.send(traceback.format_exc())
-
-
-def _peak_mb() -> float:
-    """Peak resident memory of this process; getrusage would count its parent's before the exec."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 class SideFailed(Exception):
@@ -285,9 +211,11 @@ def measure(name: str, options: argparse.Namespace, weights: Path) -> dict[str, 
     workload = WORKLOADS[options.workload]
     pairs: dict[str, Pair] = {}
     rows: dict[str, dict[str, Any]] = {}
+    installed = versions()
     for side in ("ours", *_peers(name, options.dtype)):
-        if side.startswith("DeepSpeed") and _deepspeed() is None:
-            rows[side] = {"left_out": "deepspeed is not installed"}
+        package = {"DeepSpeed": "deepspeed", "Megatron-Core": "megatron-core"}.get(side.split()[0])
+        if package and installed[package] is None:
+            rows[side] = {"left_out": f"{package} is not installed"}
             continue
         try:
             pairs[side] = Pair(side, workload, options.dtype, weights, f"{OURS[name]} {options.our_flags}")
@@ -369,7 +297,7 @@ def main() -> int:
             row = {
                 "benchmark": "parallel",
                 "configuration": name,
-                "commit": _commit(),
+                "commit": commit(),
                 "command": " ".join(["python", *sys.argv]),
                 "workload": options.workload,
                 "dtype": options.dtype,
@@ -377,21 +305,12 @@ def main() -> int:
                 "threads": 1,
                 "our_flags": f"{OURS[name]} {options.our_flags}".strip(),
                 **measure(name, options, weights),
-                "deepspeed": _deepspeed(),
+                "versions": versions(),
                 "machine": machine.describe(),
             }
             good &= all(side.get("agrees", "failed" not in side) for side in row["sides"].values())
-            text = json.dumps(row)
-            print(text, flush=True)
-            if options.output:
-                with options.output.open("a") as file:
-                    file.write(text + "\n")
+            write_row(row, options.output)
     return int(not good)
-
-
-def _deepspeed() -> str | None:
-    """Its version, None where it is not installed."""
-    return importlib.metadata.version("deepspeed") if importlib.util.find_spec("deepspeed") else None
 
 
 if __name__ == "__main__":

@@ -8,56 +8,26 @@ from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Batch = tuple[Tensor, Tensor]
-"""Tokens and labels, each int64 [global batch, seq]."""
+from benchmarks.workloads import (
+    BETAS,
+    CLIP_GRAD,
+    EPS,
+    LEARNING_RATE,
+    TINY,
+    W2,
+    WEIGHT_DECAY,
+    WORKLOADS,
+    Batch,
+    Workload,
+    random_batch,
+)
 
-
-@dataclass(frozen=True, kw_only=True)
-class Workload:
-    """A GPT-2-style model (learned positions, biases, tied head, no dropout) and its batch."""
-
-    name: str
-    layers: int
-    hidden: int
-    heads: int
-    seq: int
-    vocab: int
-    micro: int
-    global_: int
-
-    @property
-    def micro_batches(self) -> int:
-        """Gradient accumulation steps on one process."""
-        return self.global_ // self.micro
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens in a global batch."""
-        return self.global_ * self.seq
-
-
-W1 = Workload(name="W1", layers=6, hidden=512, heads=8, seq=256, vocab=50304, micro=4, global_=8)
-W2 = Workload(name="W2", layers=12, hidden=512, heads=8, seq=256, vocab=8192, micro=2, global_=8)
-G1 = Workload(name="G1", layers=24, hidden=1024, heads=16, seq=1024, vocab=50304, micro=8, global_=32)
-"""GPT-2 medium, for one GPU."""
-TINY = Workload(name="tiny", layers=2, hidden=64, heads=4, seq=32, vocab=512, micro=2, global_=4)
-"""For trying the benchmark itself."""
-WORKLOADS = {workload.name: workload for workload in (W1, W2, G1, TINY)}
-
-LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY, CLIP_GRAD = 3e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
-
-
-def random_batch(workload: Workload, seed: int = 0) -> Batch:
-    """Uniformly random tokens; the labels are the tokens moved by one."""
-    generator = torch.Generator().manual_seed(seed)
-    text = torch.randint(workload.vocab, (workload.global_, workload.seq + 1), generator=generator)
-    return text[:, :-1].contiguous(), text[:, 1:].contiguous()
+__all__ = ["TINY", "W2", "WORKLOADS", "Batch", "Block", "PeerGPT", "PeerStep", "Workload", "random_batch"]
 
 
 class Block(nn.Module):
@@ -111,17 +81,26 @@ class PeerGPT(nn.Module):
 
 
 class PeerStep:
-    """One optimizer step of the peer: accumulate over micro-batches, clip, AdamW."""
+    """One optimizer step of a peer: accumulate over micro-batches, clip, AdamW.
+
+    model: takes the parts of a batch and returns the mean loss; the plain GPT with weights of the seed if None.
+    """
 
     def __init__(
-        self, workload: Workload, dtype: torch.dtype, compile: bool = False, device: str = "cpu", seed: int = 0
+        self,
+        workload: Workload,
+        dtype: torch.dtype,
+        compile: bool = False,
+        device: str = "cpu",
+        seed: int = 0,
+        model: nn.Module | None = None,
     ):
         torch.manual_seed(seed)
         self.workload, self.dtype, self.device = workload, dtype, torch.device(device)
-        self.model = PeerGPT(workload).to(self.device)
+        self.model = (PeerGPT(workload) if model is None else model).to(self.device)
         self.run = torch.compile(self.model) if compile else self.model
-        matrices = [p for p in self.model.parameters() if p.dim() == 2]
-        vectors = [p for p in self.model.parameters() if p.dim() != 2]
+        matrices = [p for p in self.model.parameters() if p.dim() >= 2]
+        vectors = [p for p in self.model.parameters() if p.dim() < 2]
         groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, eps=EPS, fused=True)
         self.grad_norm = math.nan
@@ -140,9 +119,9 @@ class PeerStep:
         """Train on one global batch and return its mean loss; done when it returns, on a GPU too."""
         total = torch.zeros((), device=self.device)
         pieces = (torch.split(part.to(self.device, non_blocking=True), self.workload.micro) for part in batch)
-        for tokens, labels in zip(*pieces, strict=True):
+        for parts in zip(*pieces, strict=True):
             with self._autocast():
-                loss = self.run(tokens, labels) / self.workload.micro_batches
+                loss = self.run(*parts) / self.workload.micro_batches
             loss.backward()
             total += loss.detach()
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_GRAD)

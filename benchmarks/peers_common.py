@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
+import json
 import math
+import subprocess
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +16,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.peer import BETAS, CLIP_GRAD, EPS, LEARNING_RATE, WEIGHT_DECAY, Batch, PeerGPT, Workload
+from benchmarks.peer import PeerGPT
+from benchmarks.peers_models import build_peer
+from benchmarks.workloads import BETAS, CLIP_GRAD, EPS, LEARNING_RATE, WEIGHT_DECAY, Batch, Workload
 
 Precision = Literal["autocast", "weights"]
 """How a peer computes in bf16: fp32 weights and autocast, or bf16 weights and gradients with fp32 masters."""
@@ -32,9 +37,10 @@ class GPT(PeerGPT):
 
 
 def save_initial_weights(workload: Workload, path: Path, seed: int = 0) -> None:
-    """The weights that every side starts from."""
+    """The weights that every side starts from, under the names of the plain-torch peer."""
     torch.manual_seed(seed)
-    torch.save(PeerGPT(workload).state_dict(), path)
+    model = PeerGPT(workload) if workload.model == "gpt" else build_peer(workload)
+    torch.save(model.state_dict(), path)
 
 
 def initial_weights(path: Path) -> dict[str, Tensor]:
@@ -73,6 +79,49 @@ ADAMW: dict[str, Any] = {"lr": LEARNING_RATE, "betas": BETAS, "eps": EPS, "fused
 def autocast(dtype: torch.dtype) -> contextlib.AbstractContextManager[object]:
     """Mixed precision on fp32 weights; nothing for fp32."""
     return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype=dtype)
+
+
+def peak_rss_mb() -> float:
+    """Peak resident memory of this process; getrusage would count its parent's before the exec."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+def commit() -> str:
+    """The state of the checkout that runs."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
+        return found.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def versions() -> dict[str, str | None]:
+    """Packages that a benchmark may run, None where they are not installed."""
+    found: dict[str, str | None] = {}
+    for name in ("torch", "triton", "transformers", "deepspeed", "megatron-core"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def last_line(error: BaseException) -> str:
+    """What an error says in the end, without torch's advice on how to say more."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    said = [line for line in lines if line and "TORCHDYNAMO_VERBOSE" not in line and "developer context" not in line]
+    return f"{type(error).__name__}: {said[-1] if said else ''}"
+
+
+def write_row(row: Mapping[str, Any], output: Path | None) -> None:
+    """One JSON line on standard output, and at the end of a file."""
+    text = json.dumps(row)
+    print(text, flush=True)
+    if output:
+        with output.open("a") as file:
+            file.write(text + "\n")
 
 
 def sum_over_ranks(loss: Tensor) -> float:

@@ -1,10 +1,12 @@
-"""Tokens per second and peak memory of one training step, beside a plain-torch peer in the same run.
+"""Tokens per second and peak memory of one training step, beside what a user would run instead, in the same run.
 
-    python benchmarks/train_step.py --workload W2 --dtype bf16 --threads 1 --rounds 5
+    python benchmarks/train_step.py --model gpt --workload W2 --dtype bf16 --threads 1 --rounds 5
+    python benchmarks/train_step.py --model bert --our-variants='--kernels compile'
 
-Both sides train the same model on the same batches, each in a process of its own, one step in turn, so that a machine
-whose speed drifts is unfair to neither. Prints one JSON row: medians, the ratio step by step, peak memory, counted
-FLOPs and the share of the machine's own best matmul.
+All sides train the same model from the same weights on the same batches, each in a process of its own, one step in
+turn, so that a machine whose speed drifts is unfair to none. Prints one JSON row: medians, the ratio step by step,
+peak memory, first losses and whether they agree, counted FLOPs and the share of the machine's own best matmul.
+A side that cannot be built (torch.compile without a C++ compiler) is a row that says why.
 """
 
 from __future__ import annotations
@@ -13,219 +15,232 @@ import argparse
 import json
 import multiprocessing
 import os
-import resource
 import statistics
-import subprocess
 import sys
+import tempfile
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import machine
-from benchmarks.peer import (
-    BETAS,
-    CLIP_GRAD,
-    EPS,
-    LEARNING_RATE,
-    WEIGHT_DECAY,
-    WORKLOADS,
-    PeerStep,
-    Workload,
-    random_batch,
-)
+from benchmarks.ours import OurStep
+from benchmarks.ours import arguments as _arguments
+from benchmarks.peers_common import commit as _commit
+from benchmarks.peers_common import last_line, peak_rss_mb, save_initial_weights, versions, write_row
+from benchmarks.peers_single import PEERS
+from benchmarks.workloads import DEFAULTS, WORKLOADS, Workload, random_batch
+
+__all__ = ["OurStep", "_arguments", "_commit"]
+
+TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
+"""Of the relative difference between two sides' losses in the first steps."""
 
 
-class OurStep:
-    """The package's own training step on one process, fed like the peer."""
+class Task(NamedTuple):
+    """What a process is told about its job."""
 
-    def __init__(self, workload: Workload, dtype: str, device: str):
-        import torch
-
-        import pretrain_gpt
-        from megatron_ds.config import parse
-        from megatron_ds.kernels.table import Kernels
-        from megatron_ds.optim.lr import lr_schedule
-        from megatron_ds.parallel import launch
-        from megatron_ds.parallel.context import ParallelContext
-        from megatron_ds.parallel.rng import DropoutStreams
-        from megatron_ds.plan import make_plan
-        from megatron_ds.training.engine import build_engine
-        from megatron_ds.training.flops import train_flops_per_sample
-        from megatron_ds.training.progress import Progress
-        from megatron_ds.training.run import Recipe, Run
-
-        launch.adopt_environment()
-        config = parse(_arguments(workload, dtype, device))
-        plan = make_plan(config, 1, workload.vocab)
-        self.device = torch.device(device)
-        run = Run(config, plan, ParallelContext.solo(), Kernels(), self.device, None, DropoutStreams(0, 0))
-        recipe = Recipe(
-            pretrain_gpt.train_valid_test_datasets_provider, pretrain_gpt.model_provider, pretrain_gpt.forward_step
-        )
-        self.engine = build_engine(run, recipe)
-        self.engine.initialise()
-        self.flops_per_token = train_flops_per_sample(run, recipe) // run.plan.seq_length
-        self.schedule = lr_schedule(config.lr, config.optimizer, None, plan.global_batch_size, 1000)
-        self.progress, self.micro = Progress(), workload.micro
-        self.positions = torch.arange(workload.seq, device=self.device).expand(workload.micro, -1)
-        self.ones = torch.ones(workload.micro, workload.seq, device=self.device)
-
-    def step(self, batch: tuple[Any, Any]) -> float:
-        """One step on a global batch of tokens and labels."""
-        from megatron_ds.data.batch import GPTBatch
-        from megatron_ds.timers import Timers
-        from megatron_ds.training.step import train_step
-
-        parts = zip(*(part.split(self.micro) for part in batch), strict=True)
-        batches = (GPTBatch(tokens, labels, self.ones, self.positions) for tokens, labels in parts)
-        result = train_step(self.engine, self.schedule, self.progress, batches, Timers(), stop=False, out_of_time=False)
-        self.progress = self.progress.after_step(len(batch[0]), result.skipped, result.next_loss_scale)
-        self.grad_norm = result.grad_norm
-        return result.losses["lm loss"]
+    side: str
+    flags: str
+    workload: Workload
+    dtype: str
+    device: str
+    threads: int
+    weights: Path | None
 
 
-def _arguments(w: Workload, dtype: str, device: str) -> list[str]:
-    return f"""--num-layers {w.layers} --hidden-size {w.hidden} --num-attention-heads {w.heads} --seq-length {w.seq}
-        --micro-batch-size {w.micro} --global-batch-size {w.global_} --train-iters 1000 --lr {LEARNING_RATE}
-        --lr-decay-style constant --weight-decay {WEIGHT_DECAY} --adam-beta1 {BETAS[0]} --adam-beta2 {BETAS[1]}
-        --adam-eps {EPS} --clip-grad {CLIP_GRAD} --hidden-dropout 0 --attention-dropout 0 --mock-data
-        --device {device} {"--bf16" if dtype == "bf16" else ""}""".split()
-
-
-def serve(side: str, workload: Workload, dtype: str, device: str, threads: int, pipe: Connection) -> None:
-    """One side's process: a step for every message, answered with its seconds and its loss."""
+def serve(task: Task, pipe: Connection) -> None:
+    """One side's process: a step for every seed, answered with its seconds, loss and gradient norm."""
     import torch
 
-    torch.set_num_threads(threads)
-    compiled = side == "compiled peer"
-    precision = torch.bfloat16 if dtype == "bf16" else torch.float32
-    step: Any = OurStep(workload, dtype, device) if side == "ours" else PeerStep(workload, precision, compiled, device)
-    pipe.send(getattr(step, "flops_per_token", None))
-    while (seed := pipe.recv()) is not None:
-        batch = tuple(part.to(device) for part in random_batch(workload, seed))
-        begun = time.perf_counter()
-        loss = step.step(batch)
-        if device != "cpu":
-            torch.cuda.synchronize()
-        pipe.send((time.perf_counter() - begun, loss))
-    pipe.send(_peak_mb(device))
+    torch.set_num_threads(task.threads)
+    try:
+        step = _build(task)
+        pipe.send((getattr(step, "flops_per_token", 0), getattr(step, "parameters", 0)))
+        while (seed := pipe.recv()) is not None:
+            batch = tuple(part.to(task.device) for part in random_batch(task.workload, seed))
+            begun = time.perf_counter()
+            loss = step.step(batch)
+            if task.device != "cpu":
+                torch.cuda.synchronize()
+            pipe.send((time.perf_counter() - begun, loss, step.grad_norm))
+        pipe.send(peak_rss_mb() if task.device == "cpu" else torch.cuda.max_memory_allocated() / 2**20)
+    except (EOFError, BrokenPipeError):
+        return  # the parent is gone
+    except Exception as error:
+        pipe.send(last_line(error))
 
 
-def _peak_mb(device: str) -> float:
+def _build(task: Task) -> Any:
     import torch
 
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if task.side.startswith("ours"):
+        return OurStep(task.workload, task.dtype, task.device, task.weights, task.flags)
+    from benchmarks.peers_single import build
+
+    dtype = torch.bfloat16 if task.dtype == "bf16" else torch.float32
+    return build(task.side, task.workload, dtype, task.device, task.weights)
 
 
-def measure(
-    sides: list[str], workload: Workload, dtype: str, device: str, threads: int, rounds: int, warmup: int
-) -> dict[str, Any]:
-    """All sides in turn, round by round."""
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    context = multiprocessing.get_context("spawn")
-    pipes, flops = {}, None
-    for side in sides:
-        ours, theirs = context.Pipe()
-        context.Process(target=serve, args=(side, workload, dtype, device, threads, theirs), daemon=True).start()
+class Side:
+    """One side seen from the parent; `failed` is the last line of what went wrong."""
+
+    def __init__(self, task: Task):
+        self.failed: str | None = None
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(task, theirs), daemon=True)
+        self.process.start()
         theirs.close()  # so that a side that dies is noticed here
-        pipes[side] = ours
-        flops = ours.recv() or flops
-    seconds: dict[str, list[float]] = {side: [] for side in sides}
-    losses: dict[str, list[float]] = {side: [] for side in sides}
+        answer = self._answer()
+        self.flops_per_token, self.parameters = (0, 0) if self.failed else answer
+
+    def _answer(self) -> Any:
+        try:
+            answer = self.pipe.recv()
+        except EOFError:
+            answer = "died"
+        if isinstance(answer, str):
+            self.failed = answer
+        return answer
+
+    def train(self, seed: int) -> None:
+        """One step."""
+        self.pipe.send(seed)
+        answer = self._answer()
+        if not self.failed:
+            for numbers, found in zip((self.seconds, self.losses, self.norms), answer, strict=True):
+                numbers.append(found)
+
+    def finish(self) -> float:
+        """Peak memory in MiB; the process ends."""
+        self.pipe.send(None)
+        peak = self._answer()
+        self.process.join()
+        return float(peak)
+
+
+def measure(sides: dict[str, Side], workload: Workload, dtype: str, rounds: int, warmup: int) -> dict[str, Any]:
+    """All sides in turn, round by round; the first one is ours."""
     for number in range(warmup + rounds):
-        for side in sides:
-            pipes[side].send(number)
-            elapsed, loss = pipes[side].recv()
-            if number >= warmup:
-                seconds[side].append(elapsed)
-                losses[side].append(loss)
-    peaks = {}
-    for side in sides:
-        pipes[side].send(None)
-        peaks[side] = pipes[side].recv()
-    tokens = workload.global_ * workload.seq
-    rows = {
-        side: {
-            "tokens_per_s": round(tokens / statistics.median(seconds[side]), 1),
-            "best_tokens_per_s": round(tokens / min(seconds[side]), 1),
-            "peak_mb": round(peaks[side]),
-            "last_loss": round(losses[side][-1], 4),
+        for side in sides.values():
+            if not side.failed:
+                side.train(number)
+    rows = {}
+    for name, side in sides.items():
+        if side.failed:
+            rows[name] = {"failed": side.failed}
+            print(f"{name}: {side.failed}", file=sys.stderr)
+            continue
+        seconds = side.seconds[warmup:]
+        rows[name] = {
+            "tokens_per_s": round(workload.tokens_per_step / statistics.median(seconds), 1),
+            "best_tokens_per_s": round(workload.tokens_per_step / min(seconds), 1),
+            "peak_mb": round(side.finish()),
+            "first_losses": [round(loss, 6) for loss in side.losses[:warmup]],
+            "first_grad_norms": [round(norm, 6) for norm in side.norms[:warmup]],
+            "last_loss": round(side.losses[-1], 4),
         }
-        for side in sides
+    ours = next(iter(sides.values()))
+    for name, side in list(sides.items())[1:]:
+        if not side.failed and not ours.failed:
+            rows[name] |= _beside(ours, side, warmup, TOLERANCE[dtype])
+    return rows
+
+
+def _beside(ours: Side, side: Side, warmup: int, tolerance: float) -> dict[str, Any]:
+    """A side's time over ours step by step, and whether it trains the same model."""
+    ratios = [theirs / mine for mine, theirs in zip(ours.seconds, side.seconds, strict=True)][warmup:]
+    pairs = zip(ours.losses[:warmup], side.losses[:warmup], strict=True)
+    error = max((abs(mine - theirs) / abs(mine) for mine, theirs in pairs), default=0.0)
+    return {
+        "ours_over_it": round(statistics.median(ratios), 3),
+        "largest_difference": float(f"{error:.1e}"),
+        "agrees": error <= tolerance,
     }
-    for side in sides[1:]:
-        ratios = [theirs / ours for ours, theirs in zip(seconds[sides[0]], seconds[side], strict=True)]
-        rows[side]["ours_over_it"] = round(statistics.median(ratios), 3)
-    return {"flops_per_token": flops, "sides": rows}
 
 
-def main() -> None:
+def options_from(argv: list[str] | None) -> argparse.Namespace:
+    """The command line, with the workload and the peers that belong to the model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workload", choices=WORKLOADS, default="W2")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
+    parser.add_argument("--model", choices=DEFAULTS, help="default: the workload's, gpt")
+    parser.add_argument("--workload", choices=WORKLOADS, help=f"default: of each model {json.dumps(DEFAULTS)}")
+    parser.add_argument("--peers", help="comma-separated, of those of the model; default: all")
+    parser.add_argument("--our-flags", default="", help="more flags of the package: --our-flags='...'")
+    parser.add_argument("--our-variants", default="", help="flags of one more side of ours; several divided by ;")
+    parser.add_argument("--dtype", choices=tuple(TOLERANCE), default="bf16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--compiled-peer", action="store_true", help="also the peer under torch.compile")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before the first that counts; they show agreement")
     parser.add_argument("--output", type=Path, help="append the row to this file")
-    options = parser.parse_args()
-    sides = ["ours", "peer"] + ["compiled peer"] * options.compiled_peer
+    options = parser.parse_args(argv)
+    options.workload = options.workload or DEFAULTS[options.model or "gpt"]
+    model = WORKLOADS[options.workload].model
+    if options.model not in (None, model):
+        parser.error(f"--workload {options.workload} is a {model}")
+    asked = PEERS[model] if options.peers is None else tuple(filter(None, options.peers.split(",")))
+    unknown = sorted(set(asked) - set(PEERS[model]))
+    if unknown:
+        parser.error(f"--peers {', '.join(unknown)}: of {model} there are {', '.join(PEERS[model])}")
+    options.peers = asked
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print one row; 1 if ours failed or another side trains another model."""
+    options = options_from(argv)
+    workload = WORKLOADS[options.workload]
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    variants = [flags.strip() for flags in options.our_variants.split(";") if flags.strip()]
+    flags = {"ours": options.our_flags} | {f"ours ({more})": f"{options.our_flags} {more}" for more in variants}
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder) / "weights.pt"
+        save_initial_weights(workload, weights)
+        shared = workload, options.dtype, options.device, options.threads, weights
+        sides = {side: Side(Task(side, flags.get(side, ""), *shared)) for side in (*flags, *options.peers)}
+    rows, fp32 = measure(sides, workload, options.dtype, options.rounds, options.warmup), options.dtype == "fp32"
     row = {
         "benchmark": "train_step",
         "commit": _commit(),
+        "command": " ".join(["python", *sys.argv]),
         "workload": options.workload,
+        "model": workload.model,
         "dtype": options.dtype,
+        "device": options.device,
         "threads": options.threads,
         "rounds": options.rounds,
-        **measure(
-            sides,
-            WORKLOADS[options.workload],
-            options.dtype,
-            options.device,
-            options.threads,
-            options.rounds,
-            options.warmup,
-        ),
+        "our_flags": options.our_flags,
+        "flops_per_token": sides["ours"].flops_per_token,
+        "parameters": sides["ours"].parameters,
+        "least_bytes_per_step": workload.least_bytes_per_step(sides["ours"].parameters, 4 if fp32 else 2),
+        "sides": rows,
+        "versions": versions(),
         "machine": machine.describe(),
     }
-    row["best_matmul"] = _add_share(row, options.device, options.threads)
-    text = json.dumps(row)
-    print(text)
-    if options.output:
-        with options.output.open("a") as file:
-            file.write(text + "\n")
+    if not sides["ours"].failed:
+        row |= _with_shares(row, options.device, options.threads)
+    write_row(row, options.output)
+    return int(not all(side.get("agrees", name != "ours" or "failed" not in side) for name, side in rows.items()))
 
 
-def _add_share(row: dict[str, Any], device: str, threads: int) -> dict[str, Any]:
-    """Note beside each side's speed what share of the machine's own best matmul its counted FLOPs are."""
+def _with_shares(row: dict[str, Any], device: str, threads: int) -> dict[str, Any]:
+    """The machine's limits; beside each side's speed what share of its best matmul the counted FLOPs are."""
     import torch
 
     torch.set_num_threads(threads)
-    matmul = machine.best_matmul(device)
-    best = matmul[row["dtype"]]["best_gflops"]
+    limits = machine.limits(device)
+    best = limits["best_matmul"][row["dtype"]]["best_gflops"]
     for side in row["sides"].values():
-        side["matmul_share"] = round(side["tokens_per_s"] * row["flops_per_token"] / 1e9 / best, 3)
-    return matmul
-
-
-def _commit() -> str:
-    try:
-        return subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            capture_output=True,
-            text=True,
-            check=True,
-            cwd=Path(__file__).parent,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        if "failed" not in side:
+            side["matmul_share"] = round(side["tokens_per_s"] * row["flops_per_token"] / 1e9 / best, 3)
+    return limits
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -38,23 +38,8 @@ class CompatConfig:
     """Accepted for compatibility, without effect."""
 
     use_mcore_models: bool = _noop("there is one model")
-    use_flash_attn: bool = _noop(
-        "torch's scaled_dot_product_attention takes the flash path by itself",
-        "--use-flash-attn",
-        "--use-flash-attn-v1",
-        "--use-flash-attn-v2",
-        "--use-flash-attn-triton",
-        "--use-flash-attn-builder",
-    )
-    attention_backend: str | None = _noop("torch's scaled_dot_product_attention chooses", value=True)
-    no_masked_softmax_fusion: bool = _noop("attention has no separate softmax")
     no_position_embedding: bool = _noop("--position-embedding-type says it")
     no_query_key_layer_scaling: bool = _noop("scores are not scaled by layer in fp32 and bf16")
-    no_bias_swiglu_fusion: bool = _noop("bias and activation are torch's own")
-    no_bias_dropout_fusion: bool = _noop("bias, dropout and add are torch's own")
-    no_rope_fusion: bool = _noop("rope is written in torch")
-    no_persist_layer_norm: bool = _noop("the norm is torch's own")
-    no_gradient_accumulation_fusion: bool = _noop("weight gradients are not fused")
     no_async_tensor_model_parallel_allreduce: bool = _noop("the result is the same")
     cross_entropy_loss_fusion: bool = _noop("the loss never gathers the vocabulary")
     cross_entropy_fusion_impl: str | None = _noop("there is one loss", value=True)
@@ -106,7 +91,7 @@ class CompatConfig:
     logging_level: int | None = _noop("messages have no levels", value=True)
     data_impl: str | None = _noop("files are mapped (mmap)", value=True)
     DDP_impl: str | None = _noop("gradients are reduced in buckets", "--DDP-impl", value=True)
-    transformer_impl: str | None = _noop("there is one model", value=True)
+    transformer_impl: str | None = _noop("layers are ours; tools/doctor.py says what serves them", value=True)
     ckpt_format: str | None = _noop("there is one format", value=True)
     dist_ckpt_strictness: str | None = _noop("a checkpoint that does not fit is refused", value=True)
     use_dist_ckpt: bool = _noop("there is one format")
@@ -140,7 +125,6 @@ _LATER = "not supported yet"
 _TOKENS = f"lengths in tokens are {_LATER}; samples = tokens / --seq-length"
 _OFFLOAD = f"offload to the host is {_LATER}; --zero-stage 1 or 2 shares the optimizer state among data-parallel ranks"
 _ZERO3 = f"sharing parameters (ZeRO-3, FSDP) is {_LATER}; the nearest is --zero-stage 2"
-_FP8 = f"8-bit floats are {_LATER}; use --bf16"
 _DATA = f"DeepSpeed's data efficiency is {_LATER}; leave it out to train on all tokens of every sample"
 _DISTILL = f"distillation from a teacher is {_LATER}"
 _VARIANT = f"this variant of the model is {_LATER}"
@@ -172,7 +156,7 @@ HINTS: dict[str, str] = {
         ),
         _OFFLOAD,
     ),
-    **dict.fromkeys(("--fp8-e4m3", "--fp8-hybrid", "--fp8-format", "--fp8-recipe", "--fp8-param-gather"), _FP8),
+    "--fp8-param-gather": "parameters are gathered in their own precision; leave it out",
     **dict.fromkeys(
         ("--moe-router-topk", "--moe-grouped-gemm", "--moe-token-dispatcher-type", "--moe-aux-loss-coeff"), _MOE
     ),

@@ -12,6 +12,7 @@ from megatron_ds.cli import Flag, Parser, arg, field_names, flags_of
 from megatron_ds.compat import HINTS, CompatConfig
 from megatron_ds.data.config import DataConfig, TokenizerConfig
 from megatron_ds.errors import CheckpointError, ConfigError
+from megatron_ds.kernels.config import KernelConfig
 from megatron_ds.model.config import RecomputeConfig, TransformerConfig
 from megatron_ds.optim.config import LRConfig, OptimizerConfig, PrecisionConfig
 from megatron_ds.parallel.config import ParallelConfig
@@ -57,6 +58,7 @@ class Config:
     optimizer: OptimizerConfig
     lr: LRConfig
     precision: PrecisionConfig
+    kernels: KernelConfig
     data: DataConfig
     tokenizer: TokenizerConfig
     checkpoint: CheckpointConfig
@@ -96,6 +98,7 @@ GROUPS: dict[str, type] = {
     "optimizer": OptimizerConfig,
     "lr": LRConfig,
     "precision": PrecisionConfig,
+    "kernels": KernelConfig,
     "data": DataConfig,
     "tokenizer": TokenizerConfig,
     "checkpoint": CheckpointConfig,

@@ -50,6 +50,31 @@ def _named_once(errors: list[ConfigError], layouts: str) -> Iterator[ConfigError
             yield error
 
 
+def check_kernels(config: Config) -> Iterator[ConfigError]:
+    """8-bit products are made beside bf16; a format and an attention have one name."""
+    kernels = config.kernels
+    asked = [
+        flag
+        for flag, given in (
+            ("--fp8-format", kernels.fp8_format),
+            ("--fp8-e4m3", kernels.fp8_e4m3),
+            ("--fp8-hybrid", kernels.fp8_hybrid),
+        )
+        if given
+    ]
+    if len(asked) > 1:
+        yield ConfigError(" and ".join(asked), "several formats", "one", f"{asked[0]} alone")
+    if asked and not config.precision.bf16:
+        yield ConfigError(asked[0], "no --bf16 beside it", "--bf16: all but the products", f"--bf16 {asked[0]}")
+    if kernels.use_flash_attn and kernels.attention_backend not in ("auto", "flash"):
+        yield ConfigError(
+            "--use-flash-attn",
+            f"--attention-backend {kernels.attention_backend} beside it",
+            "one attention",
+            "--attention-backend flash, or leave --use-flash-attn out",
+        )
+
+
 def check_launcher(config: Config, world_size: int) -> Iterator[ConfigError]:
     """Only a dry run chooses the number of ranks."""
     if not config.training.dry_run and config.parallel.world_size not in (None, world_size):
@@ -237,6 +262,7 @@ CHECKS: tuple[Callable[[Config], Iterator[ConfigError]], ...] = (
     check_norm,
     check_precision,
     check_optimizer,
+    check_kernels,
     check_logging,
 )
 """Rules that have nothing to do with the number of ranks."""

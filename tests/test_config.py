@@ -25,9 +25,7 @@ from megatron_ds.errors import CheckpointError, ConfigError
 
 # Flags of Megatron-LM and Megatron-DeepSpeed that change nothing here, with a value where they take one.
 WITHOUT_EFFECT = """
-    --use-mcore-models --use-flash-attn --use-flash-attn-v1 --use-flash-attn-v2 --use-flash-attn-triton
-    --use-flash-attn-builder --no-masked-softmax-fusion --no-position-embedding --no-bias-swiglu-fusion
-    --no-bias-dropout-fusion --no-rope-fusion --no-persist-layer-norm --no-gradient-accumulation-fusion
+    --use-mcore-models --no-position-embedding
     --no-async-tensor-model-parallel-allreduce --cross-entropy-loss-fusion --cross-entropy-fusion-impl=te
     --abort-on-unmet-fused-kernel-constraints --disable-mem-efficient-ln --sync-tp-duplicated-parameters
     --accumulate-allreduce-grads-in-fp32 --attention-softmax-in-fp32 --no-query-key-layer-scaling
@@ -50,6 +48,9 @@ WITHOUT_EFFECT = """
 
 # The most frequent flags of 89 public launch scripts that have an effect here.
 WITH_EFFECT = """
+    --use-flash-attn --use-flash-attn-v1 --use-flash-attn-v2 --use-flash-attn-triton --use-flash-attn-builder
+    --no-masked-softmax-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion --no-rope-fusion
+    --no-persist-layer-norm --no-gradient-accumulation-fusion --attention-backend=flash --kernels=reference
     --clip-grad=1.0 --eval-interval=100 --eval-iters=10 --global-batch-size=16 --hidden-size=1024 --log-interval=10
     --lr=3e-4 --lr-decay-style=cosine --max-position-embeddings=1024 --micro-batch-size=4 --min-lr=1e-5
     --num-attention-heads=16 --split=949,50,1 --data-path=a --num-layers=24 --save-interval=1000 --weight-decay=1e-2
@@ -256,16 +257,16 @@ def explained(*argv: str, **recipe: object) -> dict[str, list[str]]:
 
 
 def test_explain_shows_every_value_and_its_origin() -> None:
-    rows = explained("--swiglu", "--disable-bias-linear", "--rampup-batch-size", "8", "8", "99", "--use-flash-attn")
+    rows = explained("--swiglu", "--disable-bias-linear", "--rampup-batch-size", "8", "8", "99", "--mmap-warmup")
     assert rows["--swiglu"] == ["on", "command line"]
     assert rows["--disable-bias-linear"] == ["on", "command line"]
     assert rows["--no-mmap-bin-files"] == ["off", "default"]
     assert rows["--rampup-batch-size"] == ["8 8 99", "command line"]
-    assert rows["--use-flash-attn"] == ["on", "command line"]
+    assert rows["--mmap-warmup"] == ["on", "command line"]
     assert rows["--vocab-file"] == ["-", "default"]
     assert explained(vocab_file="x")["--vocab-file"] == ["x", "recipe"]
     shown = {flag.names[0] for group in GROUPS.values() if group is not CompatConfig for flag in flags_of(group)}
-    assert set(rows) == shown | {"--use-flash-attn"}
+    assert set(rows) == shown | {"--mmap-warmup"}
 
 
 def test_explain_puts_defaults_last_in_every_group() -> None:

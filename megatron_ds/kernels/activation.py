@@ -1,59 +1,144 @@
-"""Activations of the MLP; gated ones get gate and up side by side: x [..., 2f] -> [..., f].
+"""Activations of the MLP with the bias before them; gated ones get gate and up side by side: x [..., 2f] -> [..., f].
 
 Source: Hendrycks and Gimpel 2016, arXiv:1606.08415; Shazeer 2020, arXiv:2002.05202
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
+Tensor = torch.Tensor
+Activation = Callable[[Tensor, "Tensor | None"], Tensor]
 
-def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+BLOCK = 256 * 1024
+"""Elements that are worked on at once: the fp32 copies of so many stay in the cache."""
+_SLOPE, _CUBE = 2 * math.sqrt(2 / math.pi), 0.044715
+
+
+def _biased(x: Tensor, bias: Tensor | None) -> Tensor:
+    return x if bias is None else x + bias
+
+
+def gelu_tanh(x: Tensor, bias: Tensor | None = None) -> Tensor:
     """GELU in its tanh form, as GPT-2 and Megatron's fused kernel have it."""
-    return F.gelu(x, approximate="tanh")
+    return F.gelu(_biased(x, bias), approximate="tanh")
 
 
-def gelu(x: torch.Tensor) -> torch.Tensor:
+def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     """GELU by erf."""
-    return F.gelu(x)
+    return F.gelu(_biased(x, bias))
 
 
-def relu(x: torch.Tensor) -> torch.Tensor:
+def relu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     """max(x, 0)."""
-    return F.relu(x)
+    return F.relu(_biased(x, bias))
 
 
-def squared_relu(x: torch.Tensor) -> torch.Tensor:
+def squared_relu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     """max(x, 0)^2."""
-    return F.relu(x).square()
+    return F.relu(_biased(x, bias)).square()
 
 
-def swiglu(x: torch.Tensor) -> torch.Tensor:
+def swiglu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     """silu(gate) * up."""
-    gate, up = x.chunk(2, dim=-1)
+    gate, up = _biased(x, bias).chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
-def geglu_tanh(x: torch.Tensor) -> torch.Tensor:
+def geglu_tanh(x: Tensor, bias: Tensor | None = None) -> Tensor:
     """gelu(gate) * up, GELU in its tanh form."""
-    gate, up = x.chunk(2, dim=-1)
+    gate, up = _biased(x, bias).chunk(2, dim=-1)
     return F.gelu(gate, approximate="tanh") * up
 
 
-def geglu(x: torch.Tensor) -> torch.Tensor:
+def geglu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     """gelu(gate) * up, GELU by erf."""
-    gate, up = x.chunk(2, dim=-1)
+    gate, up = _biased(x, bias).chunk(2, dim=-1)
     return F.gelu(gate) * up
 
 
-def reglu(x: torch.Tensor) -> torch.Tensor:
+def reglu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     """relu(gate) * up."""
-    gate, up = x.chunk(2, dim=-1)
+    gate, up = _biased(x, bias).chunk(2, dim=-1)
     return F.relu(gate) * up
 
 
-def liglu(x: torch.Tensor) -> torch.Tensor:
+def liglu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     """gate * up."""
-    gate, up = x.chunk(2, dim=-1)
+    gate, up = _biased(x, bias).chunk(2, dim=-1)
     return gate * up
+
+
+def fused_gelu_tanh(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As `gelu_tanh`, for CPUs: value and slope come from one sigmoid, block by block, and only the slope is kept."""
+    out: Tensor = _GeluTanh.apply(x, bias)
+    return out
+
+
+def fused_swiglu(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As `swiglu`, keeping nothing but its input."""
+    out: Tensor = _SwiGLU.apply(x, bias)
+    return out
+
+
+class _GeluTanh(torch.autograd.Function):
+    """y = z s with s = sigmoid(2u), u = sqrt(2/pi) (z + 0.044715 z^3): tanh(u) = 2 s - 1; dy/dz = s + y (1 - s) 2u'."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+        out, slope = torch.empty_like(x), torch.empty_like(x) if any(ctx.needs_input_grad) else None
+        width = x.shape[-1]
+        parts = [t.view(-1, width).split(max(1, BLOCK // width)) for t in (x.contiguous(), out)]
+        slopes = slope.view(-1, width).split(max(1, BLOCK // width)) if slope is not None else [None] * len(parts[0])
+        for inputs, outputs, slope_part in zip(*parts, slopes, strict=True):
+            z = inputs.float()
+            z = z if bias is None else z + bias
+            square = z * z
+            sigmoid = (square * (_SLOPE * _CUBE)).add_(_SLOPE).mul_(z).sigmoid_()
+            y = torch.mul(z, sigmoid)
+            outputs.copy_(y)
+            if slope_part is not None:
+                rest = square.mul_(3 * _SLOPE * _CUBE).add_(_SLOPE).mul_(y)  # y 2u'
+                slope_part.copy_(rest.addcmul_(rest, sigmoid, value=-1).add_(sigmoid))
+        ctx.save_for_backward(slope)
+        ctx.has_bias = bias is not None
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (slope,) = ctx.saved_tensors
+        grad = slope.mul_(grad)  # a second backward would notice that it has changed
+        return grad, grad.flatten(0, -2).sum(0) if ctx.has_bias else None
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, bias)
+        gate, up = _biased(x, bias).chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, bias = ctx.saved_tensors
+        gate, up = _biased(x, bias).chunk(2, dim=-1)
+        out = torch.empty_like(x)
+        to_gate, to_up = out.chunk(2, dim=-1)
+        torch.mul(grad, F.silu(gate), out=to_up)
+        to_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+        return out, out.flatten(0, -2).sum(0) if bias is not None else None
+
+
+REFERENCE: Mapping[str, Activation] = MappingProxyType(
+    {
+        function.__name__: function
+        for function in (gelu_tanh, gelu, relu, squared_relu, swiglu, geglu_tanh, geglu, reglu, liglu)
+    }
+)
+FUSED: Mapping[str, Activation] = MappingProxyType({**REFERENCE, "gelu_tanh": fused_gelu_tanh, "swiglu": fused_swiglu})

@@ -1,15 +1,17 @@
-"""Attention: through torch's scaled_dot_product_attention, or in blocks of rows where that is faster."""
+"""Attention: through torch's scaled_dot_product_attention, in blocks of rows where that is faster, or unfused."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-ROWS = 128
+Tensor = torch.Tensor
+ROWS = 64
 """Rows of a block: its scores stay in the processor's cache."""
 LONGEST = 512
 """Sequences for which blocks were measured to be faster."""
@@ -25,27 +27,26 @@ class Pattern(NamedTuple):
     scale: float | None = None
 
 
-def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, pattern: Pattern, dropout: float
-) -> torch.Tensor:
+Attention = Callable[[Tensor, Tensor, Tensor, "Tensor | None", Pattern, float], Tensor]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, pattern: Pattern, dropout: float) -> Tensor:
     """softmax(scale q k^T + mask) v; fewer key heads than query heads are shared in groups.
 
-    A mask of booleans says which keys a query sees. torch's flash attention on CPUs makes little of bf16: there short
-    sequences are computed in blocks.
+    A mask of booleans says which keys a query sees. torch's flash attention on CPUs makes little of bf16, and of short
+    sequences: these are computed in blocks.
 
     Shapes: q [sq, b, a, d], k and v [sk, b, k, d], mask [b or 1, a or 1, sq, sk] -> [sq, b, a*d]
     """
-    short = max(q.shape[0], k.shape[0]) <= LONGEST and q.shape[1:] == k.shape[1:]
+    short = max(q.shape[0], k.shape[0]) <= LONGEST
     fixed = mask is None or not mask.requires_grad
-    if short and fixed and q.device.type == "cpu" and q.dtype == torch.bfloat16 and not dropout:
-        out: torch.Tensor = _Blocks.apply(q, k, v, mask, pattern)
+    if short and fixed and q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float32) and not dropout:
+        out: Tensor = _Blocks.apply(q, k, v, mask, pattern)
         return out
     return torch_attention(q, k, v, mask, pattern, dropout)
 
 
-def torch_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, pattern: Pattern, dropout: float
-) -> torch.Tensor:
+def torch_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, pattern: Pattern, dropout: float) -> Tensor:
     """The same through torch's scaled_dot_product_attention: without a mask flash, no matrix of sq x sk.
 
     Shapes: as in `attention`
@@ -67,52 +68,87 @@ def torch_attention(
     return out.permute(2, 0, 1, 3).reshape(s, b, a * d)
 
 
+def by_backends(backends: Sequence[SDPBackend]) -> Attention:
+    """torch's attention by the first of these backends that can serve a call."""
+
+    def chosen(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, pattern: Pattern, dropout: float) -> Tensor:
+        with sdpa_kernel(list(backends), set_priority=True):
+            return torch_attention(q, k, v, mask, pattern, dropout)
+
+    return chosen
+
+
+def unfused(softmax: Callable[[Tensor, Tensor | None, float, bool], Tensor]) -> Attention:
+    """Two products and a softmax between them, with the whole matrix of scores."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, pattern: Pattern, dropout: float) -> Tensor:
+        s, b, a, d = q.shape
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))
+        if k.shape[1] != a:
+            k, v = (t.repeat_interleave(a // t.shape[1], 1) for t in (k, v))
+        scale = 1 / math.sqrt(d) if pattern.scale is None else pattern.scale
+        scores = q @ k.mT
+        if mask is not None and mask.dtype != torch.bool:
+            p = softmax(scores.float() * scale + mask, None, 1.0, False).to(q.dtype)
+        else:
+            p = softmax(scores, mask, scale, pattern.causal and mask is None)
+        return (F.dropout(p, dropout) @ v).permute(2, 0, 1, 3).reshape(s, b, a * d)
+
+    return call
+
+
 class _Blocks(torch.autograd.Function):
-    """Blocks of rows against all columns that they see; scores and softmax in fp32, probabilities in q's precision."""
+    """Blocks of rows against all columns that they see; scores and softmax in fp32, probabilities in q's precision.
+
+    The g query heads that share a key head lie under each other, so that nothing is copied for them.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, pattern: Pattern
-    ) -> torch.Tensor:
-        s, b, a, d = q.shape
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, pattern: Pattern) -> Tensor:
+        (s, b, a, d), heads = q.shape, k.shape[2]
         out = q.new_empty(s, b * a, d)
-        rows, columns, values = _by_head(q), _by_head(k), _by_head(v)
+        rows = _by_head(q, heads)
+        columns, values = (_by_head(t, heads).flatten(1, 2) for t in (k.float(), v))
         scale = 1 / math.sqrt(d) if pattern.scale is None else pattern.scale
         ctx.causal, ctx.scale = pattern.causal and mask is None, scale
-        kept = []
+        kept, places = [], out.view(s, b * heads, a // heads, d)
+        later = torch.full((ROWS, ROWS), -torch.inf, device=q.device).triu_(1) if ctx.causal else None
         for first, last, end in _blocks(s, len(k), ctx.causal):
-            scores = torch.bmm(rows[:, first:last].float().mul_(scale), columns[:, :end].float().transpose(1, 2))
+            part = rows[:, :, first:last].float().flatten(1, 2)
+            scores = torch.baddbmm(part.new_empty(()), part, columns[:, :end].mT, beta=0, alpha=scale)
             if mask is not None:
                 _apply(scores.view(b, a, last - first, end), mask[:, :, first:last])
-            elif ctx.causal:
-                scores[:, :, first:] += torch.full((last - first,) * 2, -torch.inf, device=q.device).triu_(1)
+            elif later is not None:
+                scores.view(b * heads, -1, last - first, end)[..., first:] += later[: last - first, : last - first]
             kept.append(torch.softmax(scores, -1).to(q.dtype))
-            out[first:last] = torch.bmm(kept[-1], values[:, :end]).transpose(0, 1)
+            block = torch.bmm(kept[-1], values[:, :end])
+            places[first:last] = block.view(b * heads, -1, last - first, d).permute(2, 0, 1, 3)
         ctx.save_for_backward(q, k, v, *kept)
         return out.view(s, b, a * d)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *kept = ctx.saved_tensors
-        s, b, a, d = q.shape
-        q, k, v = _by_head(q), _by_head(k), _by_head(v)
-        grad = _by_head(grad.reshape(s, b, a, d))
+        (s, b, a, d), heads = q.shape, k.shape[2]
+        grad, q = _by_head(grad.reshape(s, b, a, d), heads), _by_head(q, heads)
+        k, v = (_by_head(t, heads).flatten(1, 2) for t in (k, v))
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for p, (first, last, end) in zip(kept, _blocks(s, k.shape[1], ctx.causal), strict=True):
-            rows = grad[:, first:last]
-            dv[:, :end] += torch.bmm(p.transpose(1, 2), rows)
-            dp = torch.bmm(rows, v[:, :end].transpose(1, 2))
+            rows, queries = (t[:, :, first:last].flatten(1, 2) for t in (grad, q))
+            dv[:, :end] += torch.bmm(p.mT, rows)
+            dp = torch.bmm(rows, v[:, :end].mT)
             # d(scores) = p * (dp - the row's sum of p * dp)
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
-            dq[:, first:last] = torch.bmm(ds, k[:, :end])
-            dk[:, :end] += torch.bmm(ds.transpose(1, 2), q[:, first:last])
-        dq, dk, dv = (t.view(b, a, -1, d).permute(2, 0, 1, 3) for t in (dq.mul_(ctx.scale), dk.mul_(ctx.scale), dv))
-        return dq, dk, dv, None, None
+            dq[:, :, first:last] = torch.bmm(ds, k[:, :end]).view(b * heads, -1, last - first, d)
+            dk[:, :end] += torch.bmm(ds.mT, queries)
+        dq, dk = dq.mul_(ctx.scale), dk.mul_(ctx.scale)
+        to_q, to_k, to_v = (t.view(b, -1, t.shape[-2], d).permute(2, 0, 1, 3) for t in (dq, dk, dv))
+        return to_q, to_k, to_v, None, None
 
 
-def _by_head(t: torch.Tensor) -> torch.Tensor:
-    """[s, b, a, d] -> [b*a, s, d]"""
-    return t.permute(1, 2, 0, 3).flatten(0, 1)
+def _by_head(t: Tensor, heads: int) -> Tensor:
+    """[s, b, a, d] -> [b*k, a/k, s, d]"""
+    return t.permute(1, 2, 0, 3).reshape(t.shape[1] * heads, -1, t.shape[0], t.shape[-1])
 
 
 def _blocks(queries: int, keys: int, causal: bool) -> Iterator[tuple[int, int, int]]:
@@ -122,7 +158,7 @@ def _blocks(queries: int, keys: int, causal: bool) -> Iterator[tuple[int, int, i
         yield first, last, last if causal else keys
 
 
-def _apply(scores: torch.Tensor, mask: torch.Tensor) -> None:
+def _apply(scores: Tensor, mask: Tensor) -> None:
     """Add a mask to scores, in place."""
     if mask.dtype == torch.bool:
         scores.masked_fill_(~mask, -torch.inf)

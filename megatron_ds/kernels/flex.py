@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from megatron_ds.kernels.attention import Pattern, attention
+from megatron_ds.kernels.attention import Attention, Pattern
 from megatron_ds.kernels.mask import Mask, Rule, visible
 
 Tensor = torch.Tensor
@@ -54,22 +54,26 @@ def flex_mask(rule: Rule) -> FlexMask | None:
     return FlexMask(rule, build(sees, rows, None, rule.queries, rule.keys, device=rule.device))
 
 
-def flex(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, pattern: Pattern, dropout: float) -> Tensor:
-    """As kernels/attention.py's `attention`; for heads too small for the kernel a matrix is made after all.
+def through(otherwise: Attention) -> Attention:
+    """As kernels/attention.py's `attention`: FlexAttention for its masks, `otherwise` for the rest.
 
-    Shapes: q [sq, b, a, d], k and v [sk, b, k, d] -> [sq, b, a*d]
+    For heads too small for the kernel a matrix is made after all.
     """
-    if not isinstance(mask, FlexMask):
-        return attention(q, k, v, mask, pattern, dropout)
-    assert not dropout, "FlexAttention has none"
-    if q.shape[-1] < SMALLEST_HEAD:
-        return attention(q, k, v, visible(mask.rule), pattern, dropout)
-    call = _for(q.device, flex_attention)
-    rows, columns, values = (t.permute(1, 2, 0, 3) for t in (q, k, v))
-    shared = k.shape[2] != q.shape[2]
-    out = call(rows, columns, values, block_mask=mask.blocks, scale=pattern.scale, enable_gqa=shared)
-    together: Tensor = out.permute(2, 0, 1, 3).flatten(2)
-    return together
+
+    def flex(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, pattern: Pattern, dropout: float) -> Tensor:
+        if not isinstance(mask, FlexMask):
+            return otherwise(q, k, v, mask, pattern, dropout)
+        assert not dropout, "FlexAttention has none"
+        if q.shape[-1] < SMALLEST_HEAD:
+            return otherwise(q, k, v, visible(mask.rule), pattern, dropout)
+        call = _for(q.device, flex_attention)
+        rows, columns, values = (t.permute(1, 2, 0, 3) for t in (q, k, v))
+        shared = k.shape[2] != q.shape[2]
+        out = call(rows, columns, values, block_mask=mask.blocks, scale=pattern.scale, enable_gqa=shared)
+        together: Tensor = out.permute(2, 0, 1, 3).flatten(2)
+        return together
+
+    return flex
 
 
 def _for(device: torch.device, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,7 +14,6 @@ from megatron_ds.model.embedding import Vocab
 from megatron_ds.model.heads import MaskedLMHead
 from megatron_ds.model.layer import Shared, TransformerLayer
 from megatron_ds.model.linear import ReplicatedLinear
-from megatron_ds.model.loss import vocab_parallel_cross_entropy
 from megatron_ds.model.norm import Norm
 
 
@@ -63,7 +62,7 @@ class BertModel(ModelChunk):
         logits = self._logits(self.lm_head(x), self.lm_head.bias)
         if labels is None:
             return logits, order
-        losses = vocab_parallel_cross_entropy(logits, labels.t(), self.vocab, self.runtime.shards.tp)
+        losses = self._token_losses(logits, labels)
         return losses, self._order_losses(order, is_random)
 
     def _order_losses(self, order: torch.Tensor | None, is_random: torch.Tensor | None) -> torch.Tensor | None:

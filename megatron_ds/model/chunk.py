@@ -15,6 +15,7 @@ from megatron_ds.kernels.rope import RopeScaling, rope_frequencies, rope_table
 from megatron_ds.model.config import TransformerConfig
 from megatron_ds.model.embedding import Embedding, OutputLayer, TiedHead, Vocab
 from megatron_ds.model.layer import Shared
+from megatron_ds.model.loss import vocab_parallel_cross_entropy
 from megatron_ds.model.recompute import recomputed
 from megatron_ds.model.runtime import Runtime
 from megatron_ds.parallel.spec import Init, ParamSpec
@@ -74,6 +75,14 @@ class ModelChunk(nn.Module):
         """Of this rank's share of the vocabulary."""
         head = self.embedding.word_embeddings.project if self.tied else self.output_layer  # type: ignore[union-attr]
         return head(x, bias)  # type: ignore
+
+    def _token_losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy per token.
+
+        Shapes: logits [s, b, v/tp], labels [b, s] -> [s, b]
+        """
+        tp, kernel = self.runtime.shards.tp, self.runtime.kernels.cross_entropy
+        return vocab_parallel_cross_entropy(logits, labels.t(), self.vocab, tp, kernel)
 
     def _rope(self, positions: torch.Tensor) -> torch.Tensor | None:
         """Cosines and sines.

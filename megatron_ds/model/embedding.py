@@ -30,6 +30,9 @@ class VocabParallelEmbedding(nn.Module):
     Comm:   lookup: forward all-reduce of the rows (SP: reduce-scatter); head: as a column-parallel linear
     """
 
+    is_looked_up = True
+    """False where it is only a head."""
+
     def __init__(self, vocab: Vocab, hidden: int, *, init: Init, runtime: Runtime, **factory: Any):
         super().__init__()
         self.vocab, self.hidden, self.init, self.runtime = vocab, hidden, init, runtime
@@ -40,16 +43,17 @@ class VocabParallelEmbedding(nn.Module):
         """Rows of the table."""
         tp = self.runtime.shards.tp
         if tp.size == 1:
-            return F.embedding(ids, self.weight)
+            return _lookup(ids, self.weight, self.runtime)
         local = ids - tp.rank * self.rows
         elsewhere = (local < 0) | (local >= self.rows)
-        found = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
+        found = _lookup(local.masked_fill(elsewhere, 0), self.weight, self.runtime)
         found = found.masked_fill(elsewhere.unsqueeze(-1), 0.0)
         return reduce_scatter_from(found, tp) if self.runtime.shards.sequence_parallel else reduce_from(found, tp)
 
     def project(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Logits of this rank's share of the vocabulary, padding included."""
-        return column_linear(x, self.weight, bias, self.runtime)
+        head = self.runtime.kernels.head
+        return column_linear(x, self.weight, bias, self.runtime, head, more=self.is_looked_up)
 
     def specs(self) -> list[ParamSpec]:
         """Rows of the parameter table, under local names."""
@@ -61,8 +65,37 @@ class VocabParallelEmbedding(nn.Module):
         return 2 * self.vocab.padded * self.hidden
 
 
+class _Lookup(torch.autograd.Function):
+    """Rows of a table, whose gradient goes straight to the main gradients: only the rows that were used are touched."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: torch.Tensor, weight: torch.Tensor, runtime: Runtime) -> torch.Tensor:
+        ctx.save_for_backward(ids, weight)
+        ctx.main = runtime.weight_grads.main
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, None, None]:
+        ids, weight = ctx.saved_tensors
+        ctx.main.accumulate_rows(weight, ids.reshape(-1), grad.reshape(-1, grad.shape[-1]))
+        return None, None, None
+
+
+def _lookup(ids: torch.Tensor, weight: torch.Tensor, runtime: Runtime) -> torch.Tensor:
+    """F.embedding.
+
+    Shapes: ids [s, b], weight [v/tp, h] -> [s, b, h]
+    """
+    if runtime.weight_grads.main is None:
+        return F.embedding(ids, weight)
+    out: torch.Tensor = _Lookup.apply(ids, weight, runtime)
+    return out
+
+
 class OutputLayer(VocabParallelEmbedding):
     """An untied output projection: the same split table, used only as a head."""
+
+    is_looked_up = False
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Logits of this rank's share of the vocabulary."""
@@ -142,7 +175,7 @@ class TiedHead(nn.Module):
 
     def __init__(self, vocab: Vocab, hidden: int, *, init: Init, runtime: Runtime, **factory: Any):
         super().__init__()
-        self.word_embeddings = VocabParallelEmbedding(vocab, hidden, init=init, runtime=runtime, **factory)
+        self.word_embeddings = OutputLayer(vocab, hidden, init=init, runtime=runtime, **factory)
 
 
 class RelativeBias(nn.Module):

@@ -11,7 +11,6 @@ from megatron_ds.model.chunk import ModelChunk, Stage
 from megatron_ds.model.config import TransformerConfig
 from megatron_ds.model.embedding import Vocab
 from megatron_ds.model.layer import Shared, TransformerLayer
-from megatron_ds.model.loss import vocab_parallel_cross_entropy
 from megatron_ds.model.norm import Norm
 
 __all__ = ["GPTModel", "Stage"]
@@ -49,4 +48,4 @@ class GPTModel(ModelChunk):
         logits = self._logits(self.final_layernorm(x))
         if labels is None:
             return logits
-        return vocab_parallel_cross_entropy(logits, labels.t(), self.vocab, self.runtime.shards.tp)
+        return self._token_losses(logits, labels)

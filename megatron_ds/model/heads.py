@@ -54,5 +54,5 @@ class MaskedLMHead(LogitBias):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """norm(gelu(x A + b))."""
-        out: torch.Tensor = self.norm(self.activation(self.dense(x)))
+        out: torch.Tensor = self.norm(self.activation(self.dense(x), None))
         return out

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from megatron_ds.kernels.products import Products
 from megatron_ds.model.runtime import Runtime
 from megatron_ds.parallel.collectives import (
     all_gather,
@@ -31,37 +32,46 @@ from megatron_ds.parallel.spec import Init, ParamSpec, Split
 class _ColumnLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, runtime: Runtime
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        runtime: Runtime,
+        products: Products,
+        more: bool,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.runtime, ctx.has_bias = runtime, bias is not None
+        ctx.runtime, ctx.has_bias, ctx.more = runtime, bias is not None, more
+        ctx.products = products
         shards = runtime.shards
-        return F.linear(all_gather(x, shards.tp) if shards.sequence_parallel else x, weight, bias)
+        whole = all_gather(x, shards.tp) if shards.sequence_parallel else x
+        return products.forward(_rows(whole), weight, bias).view(*whole.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        tp, sequence_parallel = ctx.runtime.shards.tp, ctx.runtime.shards.sequence_parallel
-        flat_grad = grad.reshape(-1, grad.shape[-1])
+        runtime: Runtime = ctx.runtime
+        tp, sequence_parallel, products = runtime.shards.tp, runtime.shards.sequence_parallel, ctx.products
+        flat_grad = _rows(grad)
         # Started before dX is computed, needed only after it.
-        gathered = start_all_gather(x, tp) if sequence_parallel and ctx.runtime.weight_grads.list is None else None
-        grad_x = (flat_grad @ weight).view(*grad.shape[:-1], -1)
+        gathered = start_all_gather(x, tp) if sequence_parallel and runtime.weight_grads.list is None else None
+        grad_x = products.grad_input(flat_grad, weight).view(*grad.shape[:-1], -1)
         if sequence_parallel:
             grad_x, pending = start_reduce_scatter(grad_x, tp)
         else:
             pending = all_reduce_async(grad_x, tp)
 
-        def grad_weight() -> torch.Tensor:
+        def operands() -> tuple[torch.Tensor, torch.Tensor]:
             if not sequence_parallel:
-                return torch.mm(flat_grad.t(), x.reshape(-1, x.shape[-1]))
+                return flat_grad, _rows(x)
             whole, handle = gathered or start_all_gather(x, tp)
             handle.wait()
-            return torch.mm(flat_grad.t(), whole.reshape(-1, whole.shape[-1]))
+            return flat_grad, _rows(whole)
 
-        made = ctx.runtime.weight_grads.make(weight, grad_weight)
+        made = runtime.weight_grads.make(weight, operands, products, ctx.more)
         grad_bias = flat_grad.sum(0) if ctx.has_bias else None
         pending.wait()
-        return grad_x, made, grad_bias, None
+        return grad_x, made, grad_bias, None, None, None
 
 
 class _RowLinear(torch.autograd.Function):
@@ -69,38 +79,53 @@ class _RowLinear(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, runtime: Runtime) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.runtime = runtime
-        partial = F.linear(x, weight)
+        partial = runtime.kernels.linear.forward(_rows(x), weight, None).view(*x.shape[:-1], -1)
         shards = runtime.shards
         return reduce_scatter(partial, shards.tp) if shards.sequence_parallel else all_reduce(partial, shards.tp)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        shards, postponed = ctx.runtime.shards, ctx.runtime.weight_grads.list is not None
+        runtime: Runtime = ctx.runtime
+        shards, products, postponed = runtime.shards, runtime.kernels.linear, runtime.weight_grads.list is not None
         whole = all_gather(grad, shards.tp) if shards.sequence_parallel else grad
         kept = grad if postponed else whole
 
-        def grad_weight() -> torch.Tensor:
+        def operands() -> tuple[torch.Tensor, torch.Tensor]:
             again = all_gather(kept, shards.tp) if shards.sequence_parallel and postponed else kept
-            return torch.mm(again.reshape(-1, again.shape[-1]).t(), x.reshape(-1, x.shape[-1]))
+            return _rows(again), _rows(x)
 
-        grad_x = (whole.reshape(-1, whole.shape[-1]) @ weight).view(x.shape)
-        return grad_x, ctx.runtime.weight_grads.make(weight, grad_weight), None
+        grad_x = products.grad_input(_rows(whole), weight).view(x.shape)
+        return grad_x, runtime.weight_grads.make(weight, operands, products), None
 
 
-def column_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, runtime: Runtime) -> torch.Tensor:
+def _rows(t: torch.Tensor) -> torch.Tensor:
+    """[..., n] -> [all the others, n]"""
+    return t.reshape(-1, t.shape[-1])
+
+
+def column_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    runtime: Runtime,
+    products: Products,
+    more: bool = False,
+) -> torch.Tensor:
     """x A_i + b_i for any weight split by output columns (a tied embedding is one too).
 
+    more: the weight also gets a gradient from elsewhere in the same backward, later on.
     Shapes: x [s, b, i] (sequence parallel: [s/tp, b, i]), weight [o/tp, i] -> [s, b, o/tp]
     Comm:   backward all-reduce of dX, overlapped with dA (sequence parallel: see above)
     """
-    out: torch.Tensor = _ColumnLinear.apply(x, weight, bias, runtime)
+    out: torch.Tensor = _ColumnLinear.apply(x, weight, bias, runtime, products, more)
     return out
 
 
 class ColumnParallelLinear(nn.Module):
     """Linear layer split by output columns: Y_i = X A_i + b_i.
 
+    adds_bias: False leaves the bias to the caller, who fuses it.
     Shapes: x [s, b, i] -> [s, b, o/tp] (sequence parallel: x [s/tp, b, i]); `parts` lists the sizes of fused outputs,
             each split by itself
     Comm:   forward none (SP: all-gather of X); backward all-reduce of dX (SP: reduce-scatter, and X gathered again)
@@ -108,17 +133,26 @@ class ColumnParallelLinear(nn.Module):
     """
 
     def __init__(
-        self, inputs: int, parts: tuple[int, ...], *, bias: bool, init: Init, runtime: Runtime, **factory: Any
+        self,
+        inputs: int,
+        parts: tuple[int, ...],
+        *,
+        bias: bool,
+        init: Init,
+        runtime: Runtime,
+        adds_bias: bool = True,
+        **factory: Any,
     ):
         super().__init__()
-        self.inputs, self.parts, self.init, self.runtime = inputs, parts, init, runtime
+        self.inputs, self.parts, self.init, self.runtime, self.adds_bias = inputs, parts, init, runtime, adds_bias
         outputs = sum(parts) // runtime.shards.tp.size
         self.weight = nn.Parameter(torch.empty(outputs, inputs, **factory))
         self.bias = nn.Parameter(torch.empty(outputs, **factory)) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """X A_i + b_i."""
-        return column_linear(x, self.weight, self.bias, self.runtime)
+        bias = self.bias if self.adds_bias else None
+        return column_linear(x, self.weight, bias, self.runtime, self.runtime.kernels.linear)
 
     def specs(self) -> list[ParamSpec]:
         """Rows of the parameter table, under local names."""

@@ -32,6 +32,7 @@ class MLP(nn.Module):
             bias=config.add_bias_linear,
             init=Init("normal", std),
             runtime=runtime,
+            adds_bias=False,
             **factory,
         )
         self.linear_fc2 = RowParallelLinear(
@@ -45,5 +46,5 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """fc2(activation(fc1(x)))."""
-        out: torch.Tensor = self.linear_fc2(self.activation(self.linear_fc1(x)))
+        out: torch.Tensor = self.linear_fc2(self.activation(self.linear_fc1(x), self.linear_fc1.bias))
         return out

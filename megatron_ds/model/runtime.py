@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
+from megatron_ds.kernels.products import Products
 from megatron_ds.kernels.table import Kernels
 from megatron_ds.model.config import RecomputeConfig
 from megatron_ds.parallel.context import Sharding
@@ -16,20 +17,38 @@ from megatron_ds.parallel.rng import DropoutStreams
 
 
 class PostponedGrad(NamedTuple):
-    """A weight, and how to compute its gradient of one micro-batch."""
+    """A weight, and where the operands of its gradient of one micro-batch come from: grad^T x.
+
+    Shapes: operands() -> grad [n, o], x [n, i]
+    """
 
     weight: torch.Tensor
-    compute: Callable[[], torch.Tensor]
+    operands: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+    products: Products
+
+
+class MainGrads(Protocol):
+    """Where the gradients of weights are summed over micro-batches."""
+
+    def accumulate(
+        self, weight: torch.Tensor, grad: torch.Tensor, x: torch.Tensor, products: Products, more: bool = False
+    ) -> None:
+        """Add grad^T x to the gradient of a weight; `more`: autograd will bring another part of it."""
+
+    def accumulate_rows(self, weight: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor) -> None:
+        """Add rows to the rows of a table's gradient."""
 
 
 class WeightGrads:
-    """Splits a backward in two: inside `postponed()` linears leave their weight gradients undone and list them.
+    """Takes the gradients of weights out of autograd's hands: straight into the main gradients, where there are any.
 
+    It can also split a backward in two: inside `postponed()` linears leave their weight gradients undone and list them.
     Source: Qi et al. 2023, arXiv:2401.10241, sec. 2
     """
 
     def __init__(self) -> None:
         self.list: list[PostponedGrad] | None = None
+        self.main: MainGrads | None = None
 
     @contextmanager
     def postponed(self) -> Iterator[list[PostponedGrad]]:
@@ -40,11 +59,20 @@ class WeightGrads:
         finally:
             self.list = None
 
-    def make(self, weight: torch.Tensor, compute: Callable[[], torch.Tensor]) -> torch.Tensor | None:
-        """The gradient, or None if it is postponed."""
-        if self.list is None:
-            return compute()
-        self.list.append(PostponedGrad(weight, compute))
+    def make(
+        self,
+        weight: torch.Tensor,
+        operands: Callable[[], tuple[torch.Tensor, torch.Tensor]],
+        products: Products,
+        more: bool = False,
+    ) -> torch.Tensor | None:
+        """The gradient of a weight for autograd; None if it is postponed, or already where it belongs."""
+        if self.list is not None:
+            self.list.append(PostponedGrad(weight, operands, products))
+        elif self.main is not None:
+            self.main.accumulate(weight, *operands(), products, more)
+        else:
+            return products.grad_weight(*operands())
         return None
 
 

@@ -29,7 +29,6 @@ from megatron_ds.model.config import TransformerConfig
 from megatron_ds.model.embedding import RelativeBias, Vocab
 from megatron_ds.model.heads import LogitBias
 from megatron_ds.model.layer import Shared, TransformerLayer
-from megatron_ds.model.loss import vocab_parallel_cross_entropy
 from megatron_ds.model.norm import Norm
 
 Tables = tuple[torch.Tensor, torch.Tensor]
@@ -116,7 +115,7 @@ class T5Model(ModelChunk):
         logits = self._logits(x, self.lm_head())
         if labels is None:
             return logits
-        return vocab_parallel_cross_entropy(logits, labels.t(), self.vocab, self.runtime.shards.tp)
+        return self._token_losses(logits, labels)
 
     def _embed(self, source: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Tables | None]:
         embedded = (

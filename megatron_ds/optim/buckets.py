@@ -2,13 +2,14 @@
 
 Note [From autograd gradient to optimizer shard]
     Parameters are views of a bucket's flat buffer, in the reverse order of the forward pass, so that a bucket fills up
-    while the backward runs. ZeRO-0 and ZeRO-1: each gradient is added into the bucket's fp32 view as soon as autograd
-    has it (fp32 parameters: autograd itself adds in place). In the last backward of a step the buckets are *armed*: one
-    whose gradients are complete starts its reduction over dp (and cp) at once. ZeRO-0 sums the whole bucket on every
-    rank; ZeRO-1 leaves each rank the sum of its own shard.
+    while the backward runs. ZeRO-0 and ZeRO-1: linears and embeddings add the gradients of their weights into the
+    bucket's fp32 view themselves (`accumulate`); any other is added as soon as autograd has it (fp32 parameters:
+    autograd itself adds in place). In the last backward of a step the buckets are *armed*: one whose gradients are
+    complete starts its reduction over dp (and cp) at once. ZeRO-0 sums the whole bucket on every rank; ZeRO-1 leaves
+    each rank the sum of its own shard.
     ZeRO-2 keeps fp32 gradients of the own shard only. There every backward is armed: a bucket whose gradients are
-    complete is reduced slice by slice through a small fp32 buffer, added to the shard, and autograd's gradients go. A
-    gradient that comes again before (zbh1: a later micro-batch's, by I) is added to the first in fp32.
+    complete is reduced slice by slice through a small fp32 buffer and added to the shard, and the gradients that waited
+    go. One that comes again before (zbh1: a later micro-batch's, by I) is added to the first in fp32.
     What is only a partial sum along another axis (a tied embedding: first and last stage; norms and biases under
     sequence parallelism: tp) lies in buckets of its own, laid out alike on all those ranks, and is summed once at the
     end of the step, on the shards.
@@ -22,6 +23,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from megatron_ds.kernels.products import Products, add_rows
 from megatron_ds.optim.bucket import Bucket
 from megatron_ds.parallel.collectives import all_reduce
 from megatron_ds.parallel.context import Axis
@@ -91,7 +93,7 @@ class Buckets:
         return bucket.params[offset : offset + torch.Size(shape).numel()].view(shape)
 
     def _on_grad(self, name: str, param: nn.Parameter) -> None:
-        if param.grad is None:  # postponed: it comes by `add`
+        if param.grad is None:  # it comes by `accumulate`
             return
         bucket = self.of[name]
         if not bucket.autograd_adds:
@@ -100,11 +102,35 @@ class Buckets:
         self._has(bucket, name)
 
     @torch.no_grad()
-    def add(self, weight: torch.Tensor, grad: torch.Tensor) -> None:
-        """A gradient that autograd did not bring: one that was postponed."""
+    def accumulate(
+        self, weight: torch.Tensor, grad: torch.Tensor, x: torch.Tensor, products: Products, more: bool = False
+    ) -> None:
+        """Add grad^T x to a weight's gradient; `more`: autograd will bring another part of it.
+
+        Shapes: grad [n, o], x [n, i]
+        """
         name = self.names[id(weight)]
-        self.of[name].take(name, grad)
-        self._has(self.of[name], name)
+        bucket = self.of[name]
+        if bucket.keeps_shard_only:
+            bucket.take(name, products.grad_weight(grad, x))
+        else:
+            products.add_grad_weight(bucket.main_grad(name, tuple(weight.shape)), grad, x)
+        if not more:
+            self._has(bucket, name)
+
+    @torch.no_grad()
+    def accumulate_rows(self, weight: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor) -> None:
+        """Add rows to the rows `ids` of a table's gradient.
+
+        Shapes: ids [n], rows [n, h]
+        """
+        name = self.names[id(weight)]
+        bucket = self.of[name]
+        if bucket.keeps_shard_only:
+            bucket.take(name, torch.ops.aten.embedding_dense_backward(rows, ids, len(weight), -1, False))
+        else:
+            add_rows(bucket.main_grad(name, tuple(weight.shape)), ids, rows)
+        self._has(bucket, name)
 
     def _has(self, bucket: Bucket, name: str) -> None:
         """Reduce the bucket if this was what an armed one waited for."""

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_ds.kernels import adamw as adamw_kernels
+from megatron_ds.kernels.adamw import AdamW, Part
 from megatron_ds.optim.bucket import Bucket
 from megatron_ds.optim.buckets import Buckets
 from megatron_ds.optim.config import OptimizerConfig
@@ -35,24 +37,29 @@ class Segment:
     grad: torch.Tensor
     exp_avg: torch.Tensor
     exp_avg_sq: torch.Tensor
+    model: torch.Tensor | None
+    """The same elements in the model's precision; None where they are the master itself."""
+
+    @property
+    def part(self) -> Part:
+        """What the update works on."""
+        return Part(self.master, self.grad, self.exp_avg, self.exp_avg_sq, self.model)
 
 
 class ZeroOptimizer:
     """AdamW over the shards of one rank."""
 
-    def __init__(self, buckets: Buckets, config: OptimizerConfig, *, tp: Axis, dp: Axis):
+    def __init__(
+        self, buckets: Buckets, config: OptimizerConfig, *, tp: Axis, dp: Axis, adamw: AdamW = adamw_kernels.fused
+    ):
         self.buckets, self.tp, self.dp = buckets, tp, dp
         self.gathers_late = config.overlap_param_gather and buckets.sharded
         self.device = next(iter(buckets)).params.device
         self.masters = {id(bucket): _master(bucket) for bucket in buckets}
         self.segments = [segment for bucket in buckets for segment in self._cut(bucket)]
-        decayed = [s.master for s in self.segments if s.spec.decay]
-        plain = [s.master for s in self.segments if not s.spec.decay]
-        groups = [{"params": params, "decayed": params is decayed} for params in (decayed, plain) if params]
-        betas = (config.adam_beta1, config.adam_beta2)
-        # A rank whose shards are all padding has nothing to update.
-        self.adamw = torch.optim.AdamW(groups, betas=betas, eps=config.adam_eps, fused=True) if groups else None
-        self.set_steps(0)
+        self.adamw, self.config = adamw, config
+        self.steps = torch.zeros((), device=self.device)
+        """Updates that made the moments (bias correction)."""
 
     def _cut(self, bucket: Bucket) -> Iterator[Segment]:
         master = self.masters[id(bucket)]
@@ -64,17 +71,12 @@ class ZeroOptimizer:
                 mine = slice(low - bucket.start, high - bucket.start)
                 values = master[mine].detach()
                 grad, moments = bucket.shard_grads[mine], (torch.zeros_like(values), torch.zeros_like(values))
-                yield Segment(spec, low - begin, values, grad, *moments)
+                model = None if self.model_is_master(bucket) else bucket.params[low:high]
+                yield Segment(spec, low - begin, values, grad, *moments, model)
 
     def set_steps(self, steps: int) -> None:
-        """Give AdamW its moments and the number of updates that made them (bias correction)."""
-        for segment in self.segments if self.adamw else ():
-            assert self.adamw is not None
-            self.adamw.state[segment.master] = {
-                "step": torch.tensor(float(steps), device=segment.master.device),
-                "exp_avg": segment.exp_avg,
-                "exp_avg_sq": segment.exp_avg_sq,
-            }
+        """Say how many updates made the moments."""
+        self.steps.fill_(steps)
 
     def set_values(self, name: str, values: torch.Tensor) -> None:
         """Write one parameter's fp32 values into the model and the masters.
@@ -134,22 +136,27 @@ class ZeroOptimizer:
         replica = (spec.split is None and not self.tp.is_first) or spec.owned_by_first_stage
         return not replica and (self.buckets.sharded or self.dp.is_first)
 
+    @torch.no_grad()
     def apply(self, *, lr: float, weight_decay: float, scale: float) -> None:
         """Multiply the gradients by `scale` (normalisation and clipping), update, and spread the new parameters.
 
         Comm:   ZeRO-1 and 2: all-gather of the parameters over dp and cp
         """
-        if self.adamw is not None:
-            grads = [segment.grad.to(segment.master.dtype) for segment in self.segments]
-            torch._foreach_mul_(grads, scale)
-            for segment, grad in zip(self.segments, grads, strict=True):
-                segment.master.grad = grad
-            for group in self.adamw.param_groups:
-                group["lr"], group["weight_decay"] = lr, weight_decay if group["decayed"] else 0.0
-            self.adamw.step()
-            for segment in self.segments:
-                segment.master.grad = None
-        self.publish()
+        self.steps += 1
+        factor = torch.tensor(scale, dtype=torch.float32, device=self.device)
+        for decayed in (True, False):
+            parts = [segment.part for segment in self.segments if segment.spec.decay is decayed]
+            self.adamw(
+                parts,
+                self.steps,
+                factor,
+                lr=lr,
+                weight_decay=weight_decay if decayed else 0.0,
+                beta1=self.config.adam_beta1,
+                beta2=self.config.adam_beta2,
+                eps=self.config.adam_eps,
+            )
+        self._spread()
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -157,6 +164,10 @@ class ZeroOptimizer:
         for bucket in self.buckets:
             if not self.model_is_master(bucket):
                 bucket.params[bucket.start : bucket.stop].copy_(self.masters[id(bucket)])
+        self._spread()
+
+    def _spread(self) -> None:
+        """Collect the other ranks' shards of the parameters."""
         self.buckets.gather_params()
         if not self.gathers_late:
             self.buckets.wait_params()

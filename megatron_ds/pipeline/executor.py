@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
+from megatron_ds.kernels.products import Products
 from megatron_ds.model.runtime import PostponedGrad, WeightGrads
 from megatron_ds.parallel.context import Axis
 from megatron_ds.parallel.p2p import Transfer, post
@@ -69,8 +70,8 @@ class Gradients(Protocol):
     def arm(self, chunk: int, still_missing: Sequence[torch.Tensor] | None) -> None:
         """The next backward completes the chunk's gradients: all of them, or those that are still missing."""
 
-    def add(self, weight: torch.Tensor, grad: torch.Tensor) -> None:
-        """A gradient that autograd did not bring."""
+    def accumulate(self, weight: torch.Tensor, grad: torch.Tensor, x: torch.Tensor, products: Products) -> None:
+        """A gradient that autograd did not bring: grad^T x."""
 
     def finish(self, chunk: int) -> None:
         """They are complete: what is not yet being summed over ranks has to be."""
@@ -168,11 +169,11 @@ class Executor:
     def _backward_weight(self, key: Key) -> None:
         postponed = self.postponed.pop(key)
         if key in self.reduced_after:
-            self.gradients.arm(key[0], [weight for weight, _ in postponed])
+            self.gradients.arm(key[0], [weight for weight, *_ in postponed])
         while postponed:
-            weight, compute = postponed.pop(0)
+            weight, operands, products = postponed.pop(0)
             with torch.no_grad():
-                self.gradients.add(weight, compute())
+                self.gradients.accumulate(weight, *operands(), products)
 
     def _reduce(self, key: Key) -> None:
         self.gradients.finish(key[0])

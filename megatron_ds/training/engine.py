@@ -83,6 +83,7 @@ def build_engine(run: Run, recipe: Recipe) -> Engine:
         grad_dtype=torch.bfloat16 if config.precision.grad_reduce_in_bf16 else torch.float32,
         device=run.device,
     )
+    run.weight_grads.main = buckets
     if config.optimizer.overlap_param_gather:
         buckets.wait_in_forward(chunks)
     wire = Wire(chunks[0].wire_shape(plan.lengths, plan.micro_batch_size), run.residual_dtype, run.device)
@@ -96,7 +97,7 @@ def build_engine(run: Run, recipe: Recipe) -> Engine:
         weight_grads=run.weight_grads,
         num_losses=len(config.model.loss_names),
     )
-    optimizer = ZeroOptimizer(buckets, config.optimizer, tp=parallel.tp, dp=parallel.dp_cp)
+    optimizer = ZeroOptimizer(buckets, config.optimizer, tp=parallel.tp, dp=parallel.dp_cp, adamw=run.kernels.adamw)
     table = {name: spec for rows in tables for name, spec in rows.items()}
     normaliser = 2.0 ** -math.ceil(math.log2(plan.tokens_per_batch))
     return Engine(

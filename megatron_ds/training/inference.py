@@ -27,6 +27,7 @@ from megatron_ds.cli import arg
 from megatron_ds.data.config import TokenizerConfig
 from megatron_ds.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_ds.errors import ConfigError, ConfigErrors, UserError
+from megatron_ds.kernels.products import Products
 from megatron_ds.model.chunk import Lengths, ModelChunk
 from megatron_ds.model.config import TransformerConfig
 from megatron_ds.model.embedding import Vocab
@@ -253,7 +254,7 @@ class _NoGradients:
     def arm(self, chunk: int, still_missing: Sequence[torch.Tensor] | None) -> None:
         raise AssertionError("a backward without training")
 
-    def add(self, weight: torch.Tensor, grad: torch.Tensor) -> None:
+    def accumulate(self, weight: torch.Tensor, grad: torch.Tensor, x: torch.Tensor, products: Products) -> None:
         raise AssertionError("a gradient without training")
 
     def finish(self, chunk: int) -> None:

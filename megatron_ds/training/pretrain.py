@@ -21,7 +21,6 @@ from megatron_ds.data.loader import MicrobatchLoader
 from megatron_ds.data.tokenizer import Tokenizer, build_tokenizer, planned_vocab_size
 from megatron_ds.deepspeed_json import Merged, merge
 from megatron_ds.errors import EXIT_FAULT, EXIT_RESUBMIT, EXIT_TERMINATED, ConfigError, ConfigErrors, UserError
-from megatron_ds.kernels.mask import visible
 from megatron_ds.kernels.table import Kernels
 from megatron_ds.optim.lr import lr_schedule
 from megatron_ds.parallel import context, launch
@@ -48,6 +47,7 @@ from megatron_ds.training.run import (
     Recipe,
     Run,
     as_splits,
+    chosen_kernels,
 )
 from megatron_ds.training.signals import StopRequest
 from megatron_ds.training.verify import verify
@@ -277,13 +277,10 @@ def _join(config: Config, plan: Plan, tokenizer: Tokenizer | None, device: torch
     parallel = context.start(config.parallel, plan.sizes, device)
     _say_time("after megatron is initialized")
     streams = DropoutStreams(config.training.seed, device_type=device.type)
-    kernels = Kernels.on(device, config.model.attention_dropout)
-    if device.type == "cuda" and kernels.mask is visible:
-        log.info(
-            "masks of attention, where there are any, are whole matrices: FlexAttention needs Triton, a C compiler"
-        )
-        log.info("and --attention-dropout 0")
-    return Run(config, plan, parallel, kernels, device, tokenizer, streams)
+    chosen = chosen_kernels(config, device)
+    for line in chosen.lines():
+        log.info(line)
+    return Run(config, plan, parallel, chosen.kernels, device, tokenizer, streams)
 
 
 def _announce(merged: Merged, plan: Plan) -> None:

@@ -11,6 +11,7 @@ import torch
 from megatron_ds.config import Config
 from megatron_ds.data.tokenizer import Tokenizer
 from megatron_ds.errors import DataError
+from megatron_ds.kernels.choose import Chosen, choose
 from megatron_ds.kernels.table import Kernels
 from megatron_ds.model.chunk import ModelChunk, Stage
 from megatron_ds.model.runtime import Runtime, WeightGrads
@@ -39,8 +40,7 @@ class Run:
     @property
     def dtype(self) -> torch.dtype:
         """Precision of parameters and of what layers compute."""
-        precision = self.config.precision
-        return torch.bfloat16 if precision.bf16 else torch.float16 if precision.fp16 else torch.float32
+        return dtype_of(self.config)
 
     @property
     def residual_dtype(self) -> torch.dtype:
@@ -70,6 +70,22 @@ class Run:
     def factory(self) -> dict[str, Any]:
         """How a model provider makes parameters: without memory; their place in a bucket comes later."""
         return {"device": "meta", "dtype": self.dtype}
+
+
+def dtype_of(config: Config) -> torch.dtype:
+    """Precision of parameters and of what layers compute."""
+    precision = config.precision
+    return torch.bfloat16 if precision.bf16 else torch.float16 if precision.fp16 else torch.float32
+
+
+def chosen_kernels(config: Config, device: torch.device) -> Chosen:
+    """The table of operations for a run on a device.
+
+    Raises: ConfigError if what was asked for by name is not to be had here
+    """
+    model = config.model
+    dropout, head = model.attention_dropout, model.head_size
+    return choose(config.kernels, device, dtype_of(config), attention_dropout=dropout, head_size=head)
 
 
 class Datasets(Protocol):

@@ -20,7 +20,6 @@ from megatron_ds import log
 from megatron_ds.config import Config
 from megatron_ds.data.batch import Batch, collate_for
 from megatron_ds.errors import EXIT_FAULT, EXIT_OK, ConfigError
-from megatron_ds.kernels.table import Kernels
 from megatron_ds.model.config import RecomputeConfig
 from megatron_ds.model.init import initial_values
 from megatron_ds.optim.lr import lr_schedule
@@ -33,7 +32,7 @@ from megatron_ds.plan import Plan, SampleCounts, make_plan
 from megatron_ds.timers import Timers
 from megatron_ds.training.engine import Engine, build_engine
 from megatron_ds.training.progress import Progress
-from megatron_ds.training.run import Recipe, Run, as_splits
+from megatron_ds.training.run import Recipe, Run, as_splits, chosen_kernels
 from megatron_ds.training.shrink import STEPS, Small, plain, shrink
 from megatron_ds.training.step import train_step
 
@@ -118,7 +117,7 @@ def _train(recipe: Recipe, config: Config, vocab_size: int, device: torch.device
     plan = make_plan(config, parallel.world.size, vocab_size)
     streams = DropoutStreams(config.training.seed, device_type=device.type)
     engine = build_engine(
-        Run(config, plan, parallel, Kernels.on(device, config.model.attention_dropout), device, None, streams), recipe
+        Run(config, plan, parallel, chosen_kernels(config, device).kernels, device, None, streams), recipe
     )
     _set_weights(engine)
     schedule = lr_schedule(config.lr, config.optimizer, None, plan.global_batch_size, STEPS)

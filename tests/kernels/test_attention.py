@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_ds.kernels.attention import ROWS, Pattern, attention, torch_attention
-from megatron_ds.kernels.flex import flex, flex_mask
+from megatron_ds.kernels.flex import flex_mask, through
 from megatron_ds.kernels.mask import Rule, alibi_bias, alibi_slopes, relative_buckets, visible, with_bias
 
 Seen = Callable[[int, int, int], bool]
@@ -55,7 +55,7 @@ def test_bf16_blocks_are_as_good_as_torchs(s: int, b: int, a: int, d: int) -> No
         assert error < 2 * peers_error + 1e-4
 
 
-def test_blocks_are_taken_for_short_bf16_on_cpu_only() -> None:
+def test_blocks_are_taken_for_short_sequences_on_cpu_only() -> None:
     def taken(s: int, dtype: torch.dtype, kv_heads: int, dropout: float) -> bool:
         q = torch.randn(s, 1, 2, 8, dtype=dtype, requires_grad=True)
         k = torch.randn(s, 1, kv_heads, 8, dtype=dtype)
@@ -63,13 +63,9 @@ def test_blocks_are_taken_for_short_bf16_on_cpu_only() -> None:
         assert node is not None
         return "Blocks" in type(node).__name__
 
-    assert taken(64, torch.bfloat16, 2, 0.0)
-    for other in (
-        (64, torch.float32, 2, 0.0),
-        (1024, torch.bfloat16, 2, 0.0),
-        (64, torch.bfloat16, 1, 0.0),
-        (64, torch.bfloat16, 2, 0.1),
-    ):
+    for short in ((64, torch.bfloat16, 2, 0.0), (64, torch.float32, 2, 0.0), (64, torch.bfloat16, 1, 0.0)):
+        assert taken(*short)
+    for other in ((64, torch.float64, 2, 0.0), (1024, torch.bfloat16, 2, 0.0), (64, torch.bfloat16, 2, 0.1)):
         assert not taken(*other)
 
 
@@ -144,6 +140,6 @@ def test_flex_attention_equals_the_mask(kind: str) -> None:
     q, k, v = torch.randn(150, 3, 4, 16), torch.randn(150, 3, 2, 16), torch.randn(150, 3, 2, 16)
     rule = Rule(150, 150, causal, window, documents, documents)
     with torch.no_grad():
-        found = flex(q, k, v, flex_mask(rule), Pattern(causal, 0.7), 0.0)
+        found = through(attention)(q, k, v, flex_mask(rule), Pattern(causal, 0.7), 0.0)
         expected = torch_attention(q, k, v, visible(rule), Pattern(causal, 0.7), 0.0)
     assert torch.allclose(found, expected, atol=1e-5)

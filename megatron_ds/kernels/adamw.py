@@ -1,0 +1,99 @@
+"""AdamW on flat tensors: unscale, update and cast to the model's precision.
+
+Source: Loshchilov and Hutter 2019, arXiv:1711.05101
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+
+Tensor = torch.Tensor
+BLOCK = 256 * 1024
+"""Elements that are worked on at once on a CPU."""
+
+
+class Part(NamedTuple):
+    """A flat piece of the optimizer's state, fp32; `grad` may be bf16, and is used up.
+
+    model: the same elements in the model's precision, to be written; None where the model is the master.
+    Shapes: all [n]
+    """
+
+    master: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    model: Tensor | None
+
+
+class AdamW(Protocol):
+    """One update of many parts, in place, without waiting for the device."""
+
+    def __call__(
+        self,
+        parts: Sequence[Part],
+        step: Tensor,
+        scale: Tensor,
+        *,
+        lr: float,
+        weight_decay: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+    ) -> None:
+        """step counts from 1; scale multiplies the gradients first; both are fp32 scalars on the device."""
+
+
+def reference(
+    parts: Sequence[Part],
+    step: Tensor,
+    scale: Tensor,
+    *,
+    lr: float,
+    weight_decay: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> None:
+    """The formula: p = p (1 - lr wd); p = p - lr m' / (sqrt(v') + eps) with m' = m / (1 - beta1^t), v' likewise."""
+    for master, grad, exp_avg, exp_avg_sq, model in parts:
+        g = grad.float() * scale
+        exp_avg.lerp_(g, 1 - beta1)
+        exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        root = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(eps)
+        master.mul_(1 - lr * weight_decay).sub_(exp_avg / (1 - beta1**step) / root * lr)
+        if model is not None:
+            model.copy_(master)
+
+
+def fused(
+    parts: Sequence[Part],
+    step: Tensor,
+    scale: Tensor,
+    *,
+    lr: float,
+    weight_decay: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> None:
+    """Through torch's fused AdamW: on CPUs in blocks that stay in the cache for all that is done to them."""
+    inverse = scale.reciprocal()  # torch divides by it
+    for part in parts:
+        size = BLOCK if part.master.device.type == "cpu" else max(1, part.master.numel())
+        for master, grad, exp_avg, exp_avg_sq, model in _cut(part, size):
+            torch._fused_adamw_(
+                [master], [grad.to(master.dtype)], [exp_avg], [exp_avg_sq], [], [step],
+                lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps,
+                amsgrad=False, maximize=False, grad_scale=inverse,
+            )  # fmt: skip
+            if model is not None:
+                model.copy_(master)
+
+
+def _cut(part: Part, size: int) -> list[Part]:
+    columns = [[None] * -(-len(part.master) // size) if t is None else t.split(size) for t in part]
+    return [Part(*row) for row in zip(*columns, strict=True)]

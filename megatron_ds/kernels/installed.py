@@ -1,0 +1,138 @@
+"""What this machine has of other people's kernels and of what ours need; nothing is imported before it is asked."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import sysconfig
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+APEX_MODULES = (
+    "apex.normalization",
+    "apex.optimizers",
+    "amp_C",
+    "fused_layer_norm_cuda",
+    "fused_weight_gradient_mlp_cuda",
+    "scaled_masked_softmax_cuda",
+    "scaled_upper_triang_masked_softmax_cuda",
+)
+"""NVIDIA's own, which no other package of the name has; all but the first two are built with it or left out."""
+
+
+class Package(NamedTuple):
+    """One package: whether it can be used, and a sentence that says why not, or what is missing in it all the same."""
+
+    name: str
+    version: str | None
+    usable: bool
+    why: str
+
+
+def has_module(name: str) -> bool:
+    """Whether a module would be found; of a dotted name the parents are imported."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except Exception:  # a parent may be missing, be no package, or break
+        return False
+
+
+@cache
+def trouble(module: str) -> str | None:
+    """Why a module cannot be imported, None where it can; asked once, for the answer costs an import."""
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        return f"{error.name or module} is not installed"
+    except Exception as error:  # built for another torch or CUDA, a module may raise anything
+        return f"{module} breaks: {type(error).__name__}: {_first_line(error)}"
+    return None
+
+
+def compiler() -> str | None:
+    """The path of a C++ compiler, which torch.compile needs on CPUs."""
+    return _first_program(os.environ.get("CXX"), "g++", "clang++")
+
+
+def triton() -> Package:
+    """Triton, which on a GPU needs a C compiler and Python's headers for its launchers.
+
+    Source: triton/runtime/build.py, triton/backends/nvidia/driver.c
+    """
+    why = trouble("triton")
+    if why is None and _first_program(os.environ.get("CC"), "gcc", "clang") is None:
+        why = "no C compiler (CC, gcc, clang) to build its launchers with"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if why is None and not header.exists():
+        why = f"no {header} to build its launchers with (python3-dev)"
+    return _package("triton", "triton", why)
+
+
+def apex() -> Package:
+    """NVIDIA's apex; usable where any of its own modules is."""
+    lacking = {module: why for module in APEX_MODULES if (why := trouble(module)) is not None}
+    usable = len(lacking) < len(APEX_MODULES)
+    why = "; ".join(dict.fromkeys(lacking.values()))
+    folders = _folders("apex")
+    if not usable and not folders:
+        why = "apex is not installed"
+    elif folders and not any(Path(folder, "normalization").exists() for folder in folders):
+        why = "this apex is another project of the same name, not NVIDIA's"
+    return _package("apex", "apex", why)._replace(usable=usable)
+
+
+def flash_attn() -> Package:
+    """FlashAttention 2."""
+    return _package("flash_attn", "flash-attn", trouble("flash_attn"))
+
+
+def flash_attn_3() -> Package:
+    """FlashAttention 3, a package of its own for Hopper."""
+    return _package("flash_attn_interface", "flash_attn_3", trouble("flash_attn_interface"))
+
+
+def transformer_engine() -> Package:
+    """NVIDIA's Transformer Engine, with its part for torch."""
+    why = trouble("transformer_engine") or trouble("transformer_engine.pytorch")
+    return _package("transformer_engine", "transformer-engine", why)
+
+
+def liger() -> Package:
+    """LinkedIn's kernels in Triton."""
+    return _package("liger_kernel", "liger-kernel", trouble("triton") or trouble("liger_kernel.ops"))
+
+
+def torchao() -> Package:
+    """torchao, for FP8."""
+    return _package("torchao", "torchao", trouble("torchao"))
+
+
+def packages() -> tuple[Package, ...]:
+    """All of the above."""
+    return triton(), apex(), flash_attn(), flash_attn_3(), transformer_engine(), liger(), torchao()
+
+
+def _folders(name: str) -> list[str]:
+    """Where a package's files are; nothing is imported."""
+    spec = importlib.util.find_spec(name)
+    return [] if spec is None else list(spec.submodule_search_locations or ())
+
+
+def _package(name: str, distribution: str, why: str | None) -> Package:
+    try:
+        version = importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        version = None
+    return Package(name, version, not why, why or "")
+
+
+def _first_program(*names: str | None) -> str | None:
+    return next((path for name in names if name and (path := shutil.which(name)) is not None), None)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no reason given"])[0]

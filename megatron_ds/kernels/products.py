@@ -1,0 +1,67 @@
+"""The three products of a linear layer, and the sum of weight gradients over micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+Tensor = torch.Tensor
+
+
+class Products(NamedTuple):
+    """How a linear layer multiplies.
+
+    Shapes: x [n, i], weight [o, i], bias [o], grad [n, o], total [o, i]
+    """
+
+    forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    """x weight^T + bias"""
+    grad_input: Callable[[Tensor, Tensor], Tensor]
+    """grad weight"""
+    grad_weight: Callable[[Tensor, Tensor], Tensor]
+    """grad^T x"""
+    add_grad_weight: Callable[[Tensor, Tensor, Tensor], None]
+    """total += grad^T x, summed in total's precision"""
+
+
+def grad_input(grad: Tensor, weight: Tensor) -> Tensor:
+    """grad weight."""
+    return torch.mm(grad, weight)
+
+
+def grad_weight(grad: Tensor, x: Tensor) -> Tensor:
+    """grad^T x."""
+    return torch.mm(grad.t(), x)
+
+
+def add_after(total: Tensor, grad: Tensor, x: Tensor) -> None:
+    """Multiply, round to x's precision, then add."""
+    total.add_(torch.mm(grad.t(), x))
+
+
+def add_product(total: Tensor, grad: Tensor, x: Tensor) -> None:
+    """Add while multiplying, where torch's product can: nothing is rounded or written in between."""
+    if total.dtype == x.dtype:
+        total.addmm_(grad.t(), x)
+    elif total.is_cuda:
+        torch.addmm(total, grad.t(), x, out_dtype=total.dtype, out=total)
+    else:
+        add_after(total, grad, x)
+
+
+def add_rows(total: Tensor, ids: Tensor, rows: Tensor) -> None:
+    """total[ids[i]] += rows[i], the same sum in every run.
+
+    Shapes: total [v, h], ids [n], rows [n, h]
+    """
+    if total.is_cuda:  # index_add_ adds there in the order in which threads come by
+        total.add_(torch.ops.aten.embedding_dense_backward(rows, ids, total.shape[0], -1, False))
+    else:
+        total.index_add_(0, ids, rows.to(total.dtype))
+
+
+REFERENCE = Products(F.linear, grad_input, grad_weight, add_after)
+FUSED = Products(F.linear, grad_input, grad_weight, add_product)

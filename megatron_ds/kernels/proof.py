@@ -1,0 +1,118 @@
+"""A kernel is tried on the device before it is chosen: it must run, and agree with the reference, there and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from megatron_ds.kernels.adamw import Part
+
+Tensor = torch.Tensor
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+"""Of the largest difference, beside the largest value."""
+
+
+class Make(NamedTuple):
+    """Makes inputs that are the same at every call."""
+
+    device: torch.device
+    dtype: torch.dtype
+    generator: torch.Generator
+
+    def __call__(self, *shape: int, grad: bool = True, dtype: torch.dtype | None = None) -> Tensor:
+        """Normal numbers.
+
+        Shapes: -> shape
+        """
+        values = torch.randn(shape, generator=self.generator).to(self.device, dtype or self.dtype)
+        return values.requires_grad_(grad)
+
+
+def disagreement(operation: str, kernel: Any, reference: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+    """What is wrong with a kernel of an operation on this device, None if nothing is."""
+    try:
+        found = CASES[operation](kernel, _make(device, dtype))
+    except Exception as error:  # other people's code, compilers and drivers: anything may come
+        return f"fails here: {type(error).__name__}: {(str(error).strip().splitlines() or ['?'])[0]}"
+    expected = CASES[operation](reference, _make(device, dtype))
+    for mine, right in zip(found, expected, strict=True):
+        off = (mine.double() - right.double()).abs().max().item()
+        if not off <= TOLERANCE[dtype] * max(1.0, right.double().abs().max().item()):
+            return f"disagrees here with the reference by {off:.1e}"
+    return None
+
+
+def _make(device: torch.device, dtype: torch.dtype) -> Make:
+    return Make(device, dtype, torch.Generator().manual_seed(0))
+
+
+def _there_and_back(call: Callable[..., Tensor], *inputs: Any) -> list[Tensor]:
+    """The output and the gradients of all inputs that have one."""
+    out = call(*inputs)
+    wanted = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+    weights = torch.linspace(-1, 1, out.numel(), device=out.device).to(out.dtype).view(out.shape)
+    return [out.detach(), *torch.autograd.grad(out, wanted, weights)]
+
+
+def _layer_norm(kernel: Any, make: Make) -> list[Tensor]:
+    return _there_and_back(kernel, make(6, 2, 96), make(96), make(96), 1e-5)
+
+
+def _rms_norm(kernel: Any, make: Make) -> list[Tensor]:
+    return _there_and_back(kernel, make(6, 2, 96), make(96), None, 1e-5)
+
+
+def _activations(kernel: Mapping[str, Any], make: Make) -> list[Tensor]:
+    parts = [_there_and_back(kernel[name], make(6, 2, 96), make(96)) for name in ("gelu_tanh", "gelu", "swiglu")]
+    return [tensor for part in parts for tensor in part]
+
+
+def _rope(kernel: Any, make: Make) -> list[Tensor]:
+    return _there_and_back(kernel, make(6, 2, 3, 32), make(2, 6, 2, 1, 16, grad=False))
+
+
+def _bias_dropout_add(kernel: Any, make: Make) -> list[Tensor]:
+    return _there_and_back(kernel, make(6, 2, 96), make(96), make(6, 2, 96), 0.0)
+
+
+def _cross_entropy(kernel: Any, make: Make) -> list[Tensor]:
+    logits = make(7, 100, grad=False)
+    column = torch.tensor([0, 3, -1, 89, 50, 1, 2], device=make.device)
+    log_sum, target = kernel.statistics(logits, column, 90)
+    upstream = make(7, grad=False, dtype=torch.float32)
+    return [log_sum, target, kernel.gradient(logits, column, 90, log_sum, log_sum + 0.5, upstream)]
+
+
+def _softmax(kernel: Any, make: Make) -> list[Tensor]:
+    return _there_and_back(kernel, make(2, 3, 8, 8), None, 0.5, True)
+
+
+def _adamw(kernel: Any, make: Make) -> list[Tensor]:
+    master, grad, exp_avg, exp_avg_sq = (make(1000, grad=False, dtype=torch.float32) for _ in range(4))
+    half = make.dtype != torch.float32
+    part = Part(master, grad, exp_avg, exp_avg_sq.abs_(), make(1000, grad=False) if half else None)
+    scalars = torch.tensor([3.0, 0.5], device=make.device)
+    kernel([part], scalars[0], scalars[1], lr=0.1, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8)
+    return [t for t in (master, exp_avg, exp_avg_sq, part.model) if t is not None]
+
+
+def _linear(kernel: Any, make: Make) -> list[Tensor]:
+    x, weight, grad = make(32, 64, grad=False), make(48, 64, grad=False), make(32, 48, grad=False)
+    total = make(48, 64, grad=False, dtype=torch.float32)
+    kernel.add_grad_weight(total, grad, x)
+    return [total, kernel.forward(x, weight, None), kernel.grad_input(grad, weight), kernel.grad_weight(grad, x)]
+
+
+CASES: Mapping[str, Callable[[Any, Make], list[Tensor]]] = {
+    "layer_norm": _layer_norm,
+    "rms_norm": _rms_norm,
+    "activations": _activations,
+    "rope": _rope,
+    "bias_dropout_add": _bias_dropout_add,
+    "cross_entropy": _cross_entropy,
+    "softmax": _softmax,
+    "adamw": _adamw,
+    "linear": _linear,
+}
