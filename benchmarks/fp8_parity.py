@@ -3,7 +3,7 @@
     python benchmarks/fp8_parity.py --threads 1
 
 Every side starts from the same weights and takes the same batches through the package's own training step; only the
-products of the linear layers differ. The text is the Python standard library of this machine, byte by byte. Prints one
+products of the layers' linears differ (the output head stays as it is, unless --head says FP8 for it too). The text is the Python standard library of this machine, byte by byte. Prints one
 JSON row: for each side the mean loss of the last 50 steps, and how far its means over 50 steps are from those of bf16
 at most. fp32 is there as a yardstick: so far apart are runs that differ by the rounding of bf16.
 """
@@ -59,7 +59,8 @@ class Side:
         device, kernels = torch.device(options.device), Kernels()
         if name in FP8:
             products = fp8_products(*name.split("-"), kernels.linear, device)
-            kernels = dataclasses.replace(kernels, linear=products)
+            head = products if options.head == "fp8" else kernels.head
+            kernels = dataclasses.replace(kernels, linear=products, head=head)
         streams = DropoutStreams(0, 0, device.type)
         run = Run(config, plan, ParallelContext.solo(), kernels, device, None, streams)
         providers = pretrain_gpt.train_valid_test_datasets_provider, pretrain_gpt.model_provider
@@ -135,6 +136,7 @@ def main() -> None:
     parser.add_argument("--seq", type=int, default=128)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0, help="of the batches")
+    parser.add_argument("--head", choices=("bf16", "fp8"), default="bf16", help="the output head's products")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1)
@@ -161,6 +163,7 @@ def main() -> None:
         "commit": commit(),
         "steps": options.steps,
         "seed": options.seed,
+        "head": options.head,
         "text_bytes": len(text),
         "tokens_per_step": options.batch * options.seq,
         "sides": compare(sides),

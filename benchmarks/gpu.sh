@@ -37,7 +37,8 @@ part() {
     fi
 }
 
-part "correctness: every kernel beside plain torch" 80 "$PYTHON" benchmarks/check_kernels.py --device "$DEVICE"
+part "correctness: every kernel beside plain torch" 80 "$PYTHON" benchmarks/check_kernels.py --device "$DEVICE" \
+    --sources torch,triton,apex
 
 part "correctness: the losses of all models as on the CPU" 60 "$PYTHON" benchmarks/agree.py --device "$DEVICE"
 

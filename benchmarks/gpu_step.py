@@ -78,7 +78,6 @@ def _try(workload: Workload, task: Task) -> tuple[dict[str, Any], bool]:
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - begun)
         peak = torch.cuda.max_memory_allocated() / GIB if on_gpu else peak_rss_mb() / 1024
-        planned = {"planned_gib": round(step.planned_bytes() / GIB, 2)} if hasattr(step, "planned_bytes") else {}
     except torch.OutOfMemoryError:
         return {"failed": "out of memory"}, True
     except Exception as error:
@@ -90,11 +89,21 @@ def _try(workload: Workload, task: Task) -> tuple[dict[str, Any], bool]:
         "best_tokens_per_s": round(workload.tokens_per_step / min(seconds[WARMUP:]), 1),
         "tflops": round(rate * workload.formula_flops_per_token(parameters) / 1e12, 2),
         "peak_gib": round(peak, 2),
-        **planned,
+        **_planned(step),
         "parameters": parameters,
         "first_step_s": round(seconds[0], 1),
         "first_losses": [round(loss, 4) for loss in losses[:2]],
     }, False
+
+
+def _planned(step: Any) -> dict[str, Any]:
+    """What the plan says of our memory, or why it says nothing."""
+    if not hasattr(step, "planned_bytes"):
+        return {}
+    try:
+        return {"planned_gib": round(step.planned_bytes() / GIB, 2)}
+    except Exception as error:
+        return {"planned_failed": last_line(error)}
 
 
 def _build(workload: Workload, task: Task) -> Any:
@@ -191,7 +200,7 @@ def _add_shares(row: dict[str, Any]) -> None:
     """MFU, the share of the box's own best product, the plan's error, and sides beside each other at their best."""
     best = row["best_matmul"]["bf16"]["best_gflops"] / 1e3
     hopper = any(name in gpu for gpu in row["machine"]["gpus"] for name in ("H100", "H200"))
-    rates = {}
+    rates: dict[str, float] = {}
     for name, side in row["sides"].items():
         for found in side["by_micro"].values():
             if "tflops" in found:

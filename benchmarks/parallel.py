@@ -93,7 +93,8 @@ def build(task: Task) -> Any:
     if side.startswith("Megatron-Core"):
         from benchmarks.peers_megatron_core import MegatronCoreStep
 
-        return MegatronCoreStep(*arguments, **{side[-2:].lower(): PROCESSES})
+        extent = {"TP": (PROCESSES, 1), "PP": (1, PROCESSES)}[side[-2:]]
+        return MegatronCoreStep(*arguments, *extent)
     if side in ("DTensor TP", "DTensor TP + SP", "pipelining 1F1B"):
         from benchmarks import peers_model_parallel as model_parallel
 

@@ -19,6 +19,7 @@ from benchmarks.workloads import (
     EPS,
     LEARNING_RATE,
     TINY,
+    W1,
     W2,
     WEIGHT_DECAY,
     WORKLOADS,
@@ -27,7 +28,7 @@ from benchmarks.workloads import (
     random_batch,
 )
 
-__all__ = ["TINY", "W2", "WORKLOADS", "Batch", "Block", "PeerGPT", "PeerStep", "Workload", "random_batch"]
+__all__ = ["TINY", "W1", "W2", "WORKLOADS", "Batch", "Block", "PeerGPT", "PeerStep", "Workload", "random_batch"]
 
 
 class Block(nn.Module):

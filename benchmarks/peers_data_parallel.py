@@ -14,7 +14,6 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from benchmarks.peer import CLIP_GRAD, Batch, Workload
 from benchmarks.peers_common import (
     ADAMW,
     ClippedAdamW,
@@ -25,6 +24,7 @@ from benchmarks.peers_common import (
     micro_batches,
     sum_over_ranks,
 )
+from benchmarks.workloads import CLIP_GRAD, Batch, Workload
 
 
 class DDPStep:

@@ -18,7 +18,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, loss_parallel, parallelize_module
 
-from benchmarks.peer import Batch, Block, Workload
+from benchmarks.peer import Block
 from benchmarks.peers_common import (
     GPT,
     ClippedAdamW,
@@ -29,6 +29,7 @@ from benchmarks.peers_common import (
     micro_batches,
     sum_over_ranks,
 )
+from benchmarks.workloads import Batch, Workload
 
 
 class ShardedBlock(Block):

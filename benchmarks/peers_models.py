@@ -236,7 +236,7 @@ MODELS: dict[str, type[nn.Module]] = {"gpt": PeerGPT, "bert": PeerBERT, "t5": Pe
 
 
 def build_peer(w: Workload) -> nn.Module:
-    """The model in fp32 with random weights: normal ones of deviation 0.02, that of residual projections smaller."""
+    """The model in fp32 with normal weights of deviation 0.02, that of residual projections smaller, and no biases."""
     model = MODELS[w.model](w)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:

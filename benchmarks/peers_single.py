@@ -6,8 +6,9 @@ alike: accumulation, clipping, fused AdamW on two groups, autocast for bf16.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.peer import PeerStep
 from benchmarks.peers_common import initial_weights
-from benchmarks.peers_models import MODELS
+from benchmarks.peers_models import build_peer
 from benchmarks.workloads import Workload
 
 PEERS: dict[str, tuple[str, ...]] = {
@@ -29,10 +30,9 @@ PEERS: dict[str, tuple[str, ...]] = {
 def build(side: str, workload: Workload, dtype: torch.dtype, device: str, weights: Path | None) -> PeerStep:
     """A peer that starts from the common weights, or without a file from weights of its own."""
     kind, _, compiled = side.partition(" ")
+    makers: dict[str, Callable[[Workload], nn.Module]] = {"nanoGPT": NanoGPT, "transformers": Transformers}
     with torch.device("cpu" if weights else device):
-        model: nn.Module = {"nanoGPT": NanoGPT, "transformers": Transformers}.get(kind, MODELS[workload.model])(
-            workload
-        )
+        model = makers.get(kind, build_peer)(workload)
     if weights:
         values = initial_weights(weights)
         adopt = getattr(model, "adopt", None)
@@ -53,7 +53,7 @@ class NanoGPT(nn.Module):
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Shapes: [b, s], [b, s] -> []"""
-        t = self.transformer
+        t: Any = self.transformer
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = t["drop"](t["wte"](tokens) + t["wpe"](positions))
         for block in t["h"]:

@@ -94,7 +94,7 @@ def _kernels(rows: list[Row]) -> Iterator[str]:
 
     def cell(side: Row | None) -> str | None:
         if side is None or "failed" in side:
-            return side and "failed"
+            return None if side is None else "failed"
         return " / ".join(f"{side[kind]:.0f}" for kind in ("forward_us", "both_us") if kind in side)
 
     cells = (

@@ -27,13 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import machine
 from benchmarks.ours import OurStep
-from benchmarks.ours import arguments as _arguments
-from benchmarks.peers_common import commit as _commit
-from benchmarks.peers_common import last_line, peak_rss_mb, save_initial_weights, versions, write_row
+from benchmarks.peers_common import commit, last_line, peak_rss_mb, save_initial_weights, versions, write_row
 from benchmarks.peers_single import PEERS
 from benchmarks.workloads import DEFAULTS, WORKLOADS, Workload, random_batch
-
-__all__ = ["OurStep", "_arguments", "_commit"]
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
 """Of the relative difference between two sides' losses in the first steps."""
@@ -131,7 +127,7 @@ def measure(sides: dict[str, Side], workload: Workload, dtype: str, rounds: int,
         for side in sides.values():
             if not side.failed:
                 side.train(number)
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for name, side in sides.items():
         if side.failed:
             rows[name] = {"failed": side.failed}
@@ -207,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
     rows, fp32 = measure(sides, workload, options.dtype, options.rounds, options.warmup), options.dtype == "fp32"
     row = {
         "benchmark": "train_step",
-        "commit": _commit(),
+        "commit": commit(),
         "command": " ".join(["python", *sys.argv]),
         "workload": options.workload,
         "model": workload.model,

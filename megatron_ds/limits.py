@@ -62,6 +62,7 @@ def check_numbers(config: Config) -> Iterator[ConfigError]:
         "--loss-scale-window": precision.loss_scale_window,
         "--hysteresis": precision.hysteresis,
         "--world-size": parallel.world_size,
+        "--cpu-threads-per-rank": parallel.cpu_threads_per_rank,
         "--make-vocab-size-divisible-by": config.tokenizer.make_vocab_size_divisible_by,
         "--reduce-bucket-size": optimizer.reduce_bucket_size,
         "--eval-interval": training.eval_interval,

@@ -27,6 +27,10 @@ class Batch:
         """The same batch on a device."""
         return self._each(lambda name, tensor: tensor.to(device, non_blocking=True))
 
+    def pinned(self: B) -> B:
+        """The same batch in memory from which a GPU copies while it computes; what is on one stays there."""
+        return self._each(lambda name, tensor: tensor.pin_memory() if tensor.device.type == "cpu" else tensor)
+
     def _each(self: B, change: Callable[[str, torch.Tensor], torch.Tensor]) -> B:
         values = {field.name: vars(self)[field.name] for field in fields(self)}
         return type(self)(**{name: None if t is None else change(name, t) for name, t in values.items()})

@@ -16,6 +16,7 @@ from megatron_ds.errors import DataError
 class MicrobatchLoader(Iterator[Any]):
     """Successive micro-batches of one data-parallel rank, in order, up to two per thread read ahead.
 
+    Threads read, collate and pin; `next` waits for them and does none of it, unless there are none.
     Raises: DataError from `next` when the dataset is used up or a token is wrong, not before that micro-batch is due
     """
 
@@ -32,6 +33,8 @@ class MicrobatchLoader(Iterator[Any]):
         num_workers: int = 2,
     ):
         self.dataset, self.collate = dataset, collate
+        self.pins = False
+        """Whether batches come in pinned memory; for a GPU that copies them while it computes."""
         self._rows = microbatch_rows(
             dataloader_type,
             rows=len(dataset),
@@ -64,4 +67,5 @@ class MicrobatchLoader(Iterator[Any]):
             self._threads.shutdown(wait=True, cancel_futures=True)
 
     def _read(self, rows: list[int]) -> Any:
-        return self.collate([self.dataset[row] for row in rows])
+        batch = self.collate([self.dataset[row] for row in rows])
+        return batch.pinned() if self.pins else batch

@@ -92,28 +92,30 @@ class _GeluTanh(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None) -> Tensor:
-        out, slope = torch.empty_like(x), torch.empty_like(x) if any(ctx.needs_input_grad) else None
         width = x.shape[-1]
-        parts = [t.view(-1, width).split(max(1, BLOCK // width)) for t in (x.contiguous(), out)]
-        slopes = slope.view(-1, width).split(max(1, BLOCK // width)) if slope is not None else [None] * len(parts[0])
-        for inputs, outputs, slope_part in zip(*parts, slopes, strict=True):
-            z = inputs.float()
-            z = z if bias is None else z + bias
-            square = z * z
-            sigmoid = (square * (_SLOPE * _CUBE)).add_(_SLOPE).mul_(z).sigmoid_()
-            y = torch.mul(z, sigmoid)
-            outputs.copy_(y)
-            if slope_part is not None:
-                rest = square.mul_(3 * _SLOPE * _CUBE).add_(_SLOPE).mul_(y)  # y 2u'
-                slope_part.copy_(rest.addcmul_(rest, sigmoid, value=-1).add_(sigmoid))
+        rows = x.reshape(-1, width)
+        out, slope = torch.empty_like(rows), torch.empty_like(rows)
+        size = max(1, BLOCK // width)
+        room = torch.empty(4, min(size, len(rows)), width)
+        for first in range(0, len(rows), size):
+            block = slice(first, first + size)
+            z, square, sigmoid, rest = room[:, : len(rows[block])]
+            z.copy_(rows[block])
+            if bias is not None:
+                z.add_(bias)
+            torch.mul(z, z, out=square)
+            torch.addcmul(z, z, square, value=_CUBE, out=sigmoid).mul_(_SLOPE).sigmoid_()
+            out[block] = torch.mul(z, sigmoid, out=rest)
+            torch.ops.aten.sigmoid_backward(z, sigmoid, grad_input=rest)  # z s (1 - s) = y (1 - s)
+            slope[block] = sigmoid.addcmul_(rest, square.mul_(3 * _SLOPE * _CUBE).add_(_SLOPE))
         ctx.save_for_backward(slope)
         ctx.has_bias = bias is not None
-        return out
+        return out.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (slope,) = ctx.saved_tensors
-        grad = slope.mul_(grad)  # a second backward would notice that it has changed
+        grad = slope.view(grad.shape).mul_(grad)  # a second backward would notice that it has changed
         return grad, grad.flatten(0, -2).sum(0) if ctx.has_bias else None
 
 

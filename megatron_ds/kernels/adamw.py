@@ -44,7 +44,10 @@ class AdamW(Protocol):
         beta2: float,
         eps: float,
     ) -> None:
-        """step counts from 1; scale multiplies the gradients first; both are fp32 scalars on the device."""
+        """step counts from 1; scale multiplies the gradients first; both are fp32 scalars on the device.
+
+        With a scale of 0 nothing changes, whatever the gradients are: 0 times one that is not finite is not finite.
+        """
 
 
 def reference(
@@ -59,14 +62,17 @@ def reference(
     eps: float,
 ) -> None:
     """The formula: p = p (1 - lr wd); p = p - lr m' / (sqrt(v') + eps) with m' = m / (1 - beta1^t), v' likewise."""
+    updates = scale != 0
     for master, grad, exp_avg, exp_avg_sq, model in parts:
         g = grad.float() * scale
-        exp_avg.lerp_(g, 1 - beta1)
-        exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        root = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(eps)
-        master.mul_(1 - lr * weight_decay).sub_(exp_avg / (1 - beta1**step) / root * lr)
+        m = exp_avg.lerp(g, 1 - beta1)
+        v = (exp_avg_sq * beta2).addcmul_(g, g, value=1 - beta2)
+        root = (v / (1 - beta2**step)).sqrt_().add_(eps)
+        p = (master * (1 - lr * weight_decay)).sub_(m / (1 - beta1**step) / root * lr)
+        for old, new in ((exp_avg, m), (exp_avg_sq, v), (master, p)):
+            old.copy_(torch.where(updates, new, old))
         if model is not None:
-            model.copy_(master)
+            model.copy_(torch.where(updates, master.to(model.dtype), model))
 
 
 def fused(
@@ -81,17 +87,17 @@ def fused(
     eps: float,
 ) -> None:
     """Through torch's fused AdamW: on CPUs in blocks that stay in the cache for all that is done to them."""
-    inverse = scale.reciprocal()  # torch divides by it
+    inverse, skip = scale.reciprocal(), (scale == 0).float()  # torch divides by it
     for part in parts:
         size = BLOCK if part.master.device.type == "cpu" else max(1, part.master.numel())
         for master, grad, exp_avg, exp_avg_sq, model in _cut(part, size):
             torch._fused_adamw_(
                 [master], [grad.to(master.dtype)], [exp_avg], [exp_avg_sq], [], [step],
                 lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps,
-                amsgrad=False, maximize=False, grad_scale=inverse,
+                amsgrad=False, maximize=False, grad_scale=inverse, found_inf=skip,
             )  # fmt: skip
             if model is not None:
-                model.copy_(master)
+                model.copy_(master)  # a skipped one as well: it has that value already
 
 
 def _cut(part: Part, size: int) -> list[Part]:

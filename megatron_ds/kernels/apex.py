@@ -72,7 +72,7 @@ def adamw(
     """AdamW in place, gradients times `scale` first; step and scale stay on the device.
 
     Where gradient and model share a precision one kernel writes master and model; else the model is a copy afterwards,
-    for apex has one type for both.
+    for apex has one type for both. A scale of 0 changes nothing.
 
     Shapes: parts of flat [n] tensors; step and scale 0-dim fp32
     """
@@ -91,7 +91,7 @@ def adamw(
     rate = torch.full((1,), lr, dtype=torch.float32, device=device)  # from a tensor on the host it would wait
     decoupled, bias_correction = 1, 1
     rest = (rate, beta1, beta2, eps, step.to(torch.int32), decoupled, bias_correction, weight_decay, scale)
-    skip = torch.zeros(1, dtype=torch.int32, device=device)
+    skip = (scale == 0).to(torch.int32).view(1)
     amp = importlib.import_module("amp_C")
     if alone:
         lists = [[part[i] for part in alone] for i in (1, 0, 2, 3)]

@@ -108,9 +108,10 @@ class _Blocks(torch.autograd.Function):
         (s, b, a, d), heads = q.shape, k.shape[2]
         out = q.new_empty(s, b * a, d)
         rows = _by_head(q, heads)
-        columns, values = (_by_head(t, heads).flatten(1, 2) for t in (k.float(), v))
+        keys, values = (_by_head(t, heads).flatten(1, 2) for t in (k, v))
+        columns = keys.float()
         scale = 1 / math.sqrt(d) if pattern.scale is None else pattern.scale
-        ctx.causal, ctx.scale = pattern.causal and mask is None, scale
+        ctx.causal, ctx.scale, ctx.batch_and_heads = pattern.causal and mask is None, scale, (b, heads)
         kept, places = [], out.view(s, b * heads, a // heads, d)
         later = torch.full((ROWS, ROWS), -torch.inf, device=q.device).triu_(1) if ctx.causal else None
         for first, last, end in _blocks(s, len(k), ctx.causal):
@@ -123,15 +124,15 @@ class _Blocks(torch.autograd.Function):
             kept.append(torch.softmax(scores, -1).to(q.dtype))
             block = torch.bmm(kept[-1], values[:, :end])
             places[first:last] = block.view(b * heads, -1, last - first, d).permute(2, 0, 1, 3)
-        ctx.save_for_backward(q, k, v, *kept)
+        # Not q, k and v, which may be parts of one tensor that then lives no longer.
+        ctx.save_for_backward(rows, keys, values, *kept)
         return out.view(s, b, a * d)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *kept = ctx.saved_tensors
-        (s, b, a, d), heads = q.shape, k.shape[2]
-        grad, q = _by_head(grad.reshape(s, b, a, d), heads), _by_head(q, heads)
-        k, v = (_by_head(t, heads).flatten(1, 2) for t in (k, v))
+        (b, heads), (_, group, s, d) = ctx.batch_and_heads, q.shape
+        grad = _by_head(grad.reshape(s, b, heads * group, d), heads)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for p, (first, last, end) in zip(kept, _blocks(s, k.shape[1], ctx.causal), strict=True):
             rows, queries = (t[:, :, first:last].flatten(1, 2) for t in (grad, q))

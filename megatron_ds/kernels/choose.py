@@ -7,9 +7,10 @@ installed, and passes a trial on the device (kernels/proof.py). torch itself com
 from __future__ import annotations
 
 import importlib
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from megatron_ds.kernels import (
     dropout_add,
     fp8,
     installed,
+    liger,
     norm,
     products,
     proof,
@@ -39,21 +41,23 @@ OPERATIONS = (
 )  # fmt: skip
 SWITCHES = {
     "layer_norm": "persist_layer_norm",
+    "rms_norm": "persist_layer_norm",
     "rope": "rope_fusion",
     "bias_dropout_add": "bias_dropout_fusion",
     "softmax": "masked_softmax_fusion",
     "linear": "gradient_accumulation_fusion",
 }
-"""Megatron's --no-* flags that turn one operation to plain torch."""
-PREFERENCE = {"cuda": ("triton", "apex", "torch"), "cpu": ("torch",)}
+"""Megatron's --no-* flags that turn one operation to plain torch; for gated activations see `_plain_gates`."""
+PREFERENCE = {"cuda": ("triton", "apex", "liger", "torch", "reference"), "cpu": ("torch", "reference")}
+NOTHING = "has none"
 
 
 class Choice(NamedTuple):
-    """Where an operation comes from, and why from there."""
+    """Where an operation comes from, and why not from anywhere else: a reason for each source before it."""
 
     operation: str
     source: str
-    why: str
+    why: tuple[str, ...] = ()
 
 
 class Chosen(NamedTuple):
@@ -63,13 +67,18 @@ class Chosen(NamedTuple):
     choices: tuple[Choice, ...]
 
     def lines(self) -> list[str]:
-        """What comes from where, a line per source, and what was passed over."""
-        by_source: dict[str, list[str]] = {}
+        """The source of most operations and those that come from elsewhere; what was passed over."""
+        (main, _), *_ = Counter(choice.source for choice in self.choices).most_common(1)
+        others: dict[str, list[str]] = {}
         for choice in self.choices:
-            by_source.setdefault(choice.source, []).append(choice.operation)
-        said = [f" > kernels from {source}: {', '.join(names)}" for source, names in by_source.items()]
-        reasons = dict.fromkeys(choice.why for choice in self.choices if choice.why)
-        return said + [f"   passed over {reason}" for reason in reasons if ": " in reason]
+            if choice.source != main:
+                others.setdefault(choice.source, []).append(choice.operation)
+        parts = [main, *(f"{', '.join(names)} from {source}" for source, names in others.items())]
+        # Neither what was asked for nor what no source of that name has is news.
+        reasons = dict.fromkeys(
+            why for choice in self.choices for why in choice.why if not (why.startswith("--") or why.endswith(NOTHING))
+        )
+        return [f" > kernels from {'; '.join(parts)}", *(f"   passed over: {reason}" for reason in reasons)]
 
 
 @dataclass(frozen=True)
@@ -109,71 +118,82 @@ def choose(
 
     Raises: ConfigError if what was asked for by name is not to be had here
     """
-    offers = {source: offer(device) for source, offer in OFFERS.items()}
     wanted = config.kernels
-    if wanted != "auto" and offers[wanted].lacks:
+    offers = cache(lambda source: OFFERS[source](device))  # only those that somebody asks about: looking costs imports
+    if wanted != "auto" and offers(wanted).lacks:
         raise ConfigError(
-            "--kernels", f"{wanted}, and {offers[wanted].lacks}", "kernels that this machine has", "--kernels auto"
+            "--kernels", f"{wanted}, and {offers(wanted).lacks}", "kernels that this machine has", "--kernels auto"
         )
     found: dict[str, Any] = {}
-    choices = []
+    choices: dict[str, Choice] = {}
     for operation in OPERATIONS:
-        found[operation], choice = _first(operation, config, offers, device, dtype)
-        choices.append(choice)
+        found[operation], choices[operation] = _first(operation, config, offers, device, dtype)
     head = found["linear"]
-    found["linear"], choice = _linear(config, head, choices[OPERATIONS.index("linear")], device)
-    choices[OPERATIONS.index("linear")] = choice
-    mask, attention, why = choose_attention(
+    if config.fp8 is not None:
+        found["linear"] = _in_fp8(config, head, device)
+        source = f"{choices['linear'].source} in FP8 ({config.fp8}, {config.fp8_recipe})"
+        choices["linear"] = choices["linear"]._replace(source=source)
+    mask, attention, source, why = choose_attention(
         config.attention, wanted == "reference", device, dtype, attention_dropout, head_size, found.pop("softmax")
     )
-    choices.append(Choice("attention", *why))
-    return Chosen(Kernels(**found, head=head, mask=mask, attention=attention), tuple(choices))
+    choices["attention"] = Choice("attention", source, why)
+    return Chosen(Kernels(**found, head=head, mask=mask, attention=attention), tuple(choices.values()))
 
 
 def _first(
-    operation: str, config: KernelConfig, offers: Mapping[str, Offer], device: torch.device, dtype: torch.dtype
+    operation: str, config: KernelConfig, offers: Callable[[str], Offer], device: torch.device, dtype: torch.dtype
 ) -> tuple[Any, Choice]:
     """An operation from the first source that can serve, and what was wrong with those before it."""
     switch = SWITCHES.get(operation)
     if switch and not getattr(config, switch):
-        return REFERENCE[operation], Choice(operation, "reference", f"--no-{switch.replace('_', '-')}")
-    order = PREFERENCE[device.type] if config.kernels == "auto" else (config.kernels, "torch")
+        return REFERENCE[operation], Choice(operation, "reference", (_flag(switch),))
+    order = PREFERENCE[device.type] if config.kernels == "auto" else (config.kernels, "torch", "reference")
     passed_over: list[str] = []
     for source in order:
-        offer = offers[source]
-        why = offer.lacks or (None if operation in offer.makers else "has none") or offer.op_lacks(operation)
+        kernel, why = _tried(operation, source, offers(source), device, dtype)
         if why is None:
-            kernel = offer.makers[operation]()
-            # torch's operators and what is compiled of them need no trial.
-            trial = source in ("triton", "apex")
-            why = proof.disagreement(operation, kernel, REFERENCE[operation], device, dtype) if trial else None
-            if why is None:
-                return _without_gates(operation, kernel, config), Choice(operation, source, "; ".join(passed_over))
+            return _plain_gates(kernel, Choice(operation, source, tuple(passed_over)), config)
         passed_over.append(f"{source}: {why}")
-    raise AssertionError("torch offers every operation")
+    raise AssertionError("the reference offers every operation")
 
 
-def _without_gates(operation: str, kernel: Any, config: KernelConfig) -> Any:
+def _tried(
+    operation: str, source: str, offer: Offer, device: torch.device, dtype: torch.dtype
+) -> tuple[Any, str | None]:
+    """A source's operation, and why it will not do."""
+    why = offer.lacks or (None if operation in offer.makers else NOTHING) or offer.op_lacks(operation)
+    if why is not None:
+        return None, why
+    try:
+        kernel = offer.makers[operation]()
+    except Exception as error:  # a module of kernels that this version of Triton refuses, say
+        return None, proof.failure(error)
+    # A trial of what torch compiles would compile it for shapes that no run has; torch on a CPU is tested enough.
+    if source in ("reference", "compile") or (source == "torch" and device.type == "cpu"):
+        return kernel, None
+    return kernel, proof.disagreement(operation, kernel, REFERENCE[operation], device, dtype)
+
+
+def _plain_gates(kernel: Any, choice: Choice, config: KernelConfig) -> tuple[Any, Choice]:
     """With --no-bias-swiglu-fusion the gated activations are torch's."""
-    if operation != "activations" or config.bias_swiglu_fusion:
-        return kernel
-    gated = {name: function for name, function in activation.REFERENCE.items() if name.endswith("glu")}
-    return MappingProxyType({**kernel, **gated, "geglu_tanh": activation.geglu_tanh})
+    if choice.operation != "activations" or config.bias_swiglu_fusion:
+        return kernel, choice
+    gated = {name: function for name, function in activation.REFERENCE.items() if "glu" in name}
+    why = f"{_flag('bias_swiglu_fusion')}: gated ones from reference"
+    return MappingProxyType({**kernel, **gated}), choice._replace(why=(*choice.why, why))
 
 
-def _linear(
-    config: KernelConfig, plain: products.Products, choice: Choice, device: torch.device
-) -> tuple[products.Products, Choice]:
-    """Products in FP8 around the plain ones, if asked for."""
-    if config.fp8 is None:
-        return plain, choice
+def _flag(switch: str) -> str:
+    return f"--no-{switch.replace('_', '-')}"
+
+
+def _in_fp8(config: KernelConfig, plain: products.Products, device: torch.device) -> products.Products:
+    """Products in FP8, around the plain ones."""
+    assert config.fp8 is not None
     why = fp8.unavailable(device)
     if why:
         raise ConfigError("--fp8-format", f"{config.fp8}, and {why}", "a GPU of compute capability 8.9", "--bf16 alone")
-    return (
-        fp8.fp8_products(config.fp8, config.fp8_recipe, plain, device),
-        Choice("linear", f"torch, FP8 {config.fp8} {config.fp8_recipe}", choice.why),
-    )
+    return fp8.fp8_products(config.fp8, config.fp8_recipe, plain, device)
 
 
 def _nothing_more(kernel: Any) -> Callable[[], Any]:
@@ -187,23 +207,14 @@ def _reference(device: torch.device) -> Offer:
 def _torch(device: torch.device) -> Offer:
     """torch's own operators, put together as is fastest: in blocks on a CPU, whole on a GPU."""
     fused = {
+        "layer_norm": norm.exact_layer_norm if device.type == "cpu" else norm.layer_norm,
         "activations": activation.FUSED if device.type == "cpu" else activation.REFERENCE,
         "bias_dropout_add": dropout_add.fused_bias_dropout_add,
         "cross_entropy": cross_entropy.BY_BLOCKS,
         "linear": products.FUSED,
         "adamw": adamw.fused,
     }
-    makers = {operation: _nothing_more(kernel) for operation, kernel in {**REFERENCE, **fused}.items()}
-    if device.type == "cuda":
-        makers["linear"] = partial(_summing_products, device)
-    return Offer(makers)
-
-
-def _summing_products(device: torch.device) -> products.Products:
-    """torch's products, adding weight gradients as they are made where this torch can on this device."""
-    fused, half = products.FUSED, torch.bfloat16
-    wrong = proof.disagreement("linear", fused, products.REFERENCE, device, half)
-    return products.REFERENCE if wrong else fused
+    return Offer({operation: _nothing_more(kernel) for operation, kernel in {**REFERENCE, **fused}.items()})
 
 
 def _compile(device: torch.device) -> Offer:
@@ -254,9 +265,10 @@ def _triton(device: torch.device) -> Offer:
 
 
 def _apex(device: torch.device) -> Offer:
-    package = installed.apex()
+    """NVIDIA apex, as far as its modules were built."""
     if device.type != "cuda":
         return Offer(lacks="apex's kernels run on GPUs")
+    package = installed.apex()
     if not package.usable:
         return Offer(lacks=package.why)
     names = {"linear": "add_product"}
@@ -272,6 +284,29 @@ def _apex(device: torch.device) -> Offer:
     )
 
 
+def _liger(device: torch.device) -> Offer:
+    """Two of Liger's, for where our own fail."""
+    if device.type != "cuda":
+        return Offer(lacks="Liger's kernels run on GPUs")
+    if not installed.liger().usable:
+        return Offer(lacks=installed.liger().why)
+    names = {"activations": "swiglu"}
+    return Offer(
+        {
+            "rms_norm": _nothing_more(liger.rms_norm),
+            "activations": _nothing_more(MappingProxyType({**activation.REFERENCE, "swiglu": liger.swiglu})),
+        },
+        op_lacks=lambda operation: liger.lacks(names.get(operation, operation)),
+    )
+
+
 OFFERS: Mapping[str, Callable[[torch.device], Offer]] = MappingProxyType(
-    {"reference": _reference, "torch": _torch, "compile": _compile, "triton": _triton, "apex": _apex}
+    {
+        "reference": _reference,
+        "torch": _torch,
+        "compile": _compile,
+        "triton": _triton,
+        "apex": _apex,
+        "liger": _liger,
+    }
 )

@@ -5,13 +5,13 @@ Rows are worked on in blocks, so that fp32 copies of half-precision logits exist
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 
 Tensor = torch.Tensor
-BLOCK = {"cpu": 512 * 1024}
+BLOCK = {"cpu": 256 * 1024}
 """Logits of a block of rows: on CPUs so many stay in the cache."""
 LARGE_BLOCK = 64 * 1024 * 1024
 """The same on other devices, where a block has to keep them busy."""
@@ -44,7 +44,7 @@ def gradient(
 ) -> Tensor:
     """The second half in plain torch: see CrossEntropy."""
     p = torch.exp(logits[:, :valid].float() - log_total.unsqueeze(1))
-    _subtract_targets(p, column)
+    _subtract_targets(p, column, torch.ones_like(upstream))
     logits[:, valid:] = 0
     logits[:, :valid] = p * upstream.unsqueeze(1)
     return logits
@@ -54,11 +54,10 @@ def statistics_by_blocks(logits: Tensor, column: Tensor, valid: int) -> tuple[Te
     """The first half, for CPUs: see CrossEntropy. log-sum = largest logit - log of its probability."""
     log_sum = torch.full((len(logits),), -torch.inf, device=logits.device)
     target = torch.zeros_like(log_sum)
-    for rows in _blocks(logits) if valid else ():
+    for rows, p in _blocks(logits, valid):
         part = logits[rows, :valid]
-        largest = part.amax(1)
-        log_p = torch.softmax(part, 1, dtype=torch.float32).amax(1).log_()
-        log_sum[rows] = largest.float().sub_(log_p)
+        torch.softmax(_wide(part, p), 1, out=p)
+        log_sum[rows] = part.amax(1).float().sub_(p.amax(1).log_())
         found = part.gather(1, column[rows].clamp(min=0).unsqueeze(1)).squeeze(1)
         target[rows] = found.float().masked_fill_(column[rows] < 0, 0.0)
     return log_sum, target
@@ -70,27 +69,37 @@ def gradient_by_blocks(
     """The second half, for CPUs: see CrossEntropy."""
     if valid < logits.shape[1]:
         logits[:, valid:] = 0
-    share = (log_sum - log_total).exp_()  # of this rank's columns in the whole sum
-    shared = logits.is_cuda or not bool((share == 1).all())  # a GPU would have to be waited for to know
-    for rows in _blocks(logits) if valid else ():
+    factor = (log_sum - log_total).exp_().mul_(upstream)  # this rank's columns have so much of the whole sum
+    for rows, p in _blocks(logits, valid):
         part = logits[rows, :valid]
-        p = torch.softmax(part, 1, dtype=torch.float32)
-        if shared:
-            p.mul_(share[rows].unsqueeze(1))
-        _subtract_targets(p, column[rows])
-        part.copy_(p.mul_(upstream[rows].unsqueeze(1)))
+        torch.softmax(_wide(part, p), 1, out=p).mul_(factor[rows].unsqueeze(1))
+        _subtract_targets(p, column[rows], upstream[rows])
+        part.copy_(p)
     return logits
 
 
-def _blocks(logits: Tensor) -> list[slice]:
-    rows = max(1, BLOCK.get(logits.device.type, LARGE_BLOCK) // logits.shape[1])
-    return [slice(first, first + rows) for first in range(0, len(logits), rows)]
+def _wide(part: Tensor, room: Tensor) -> Tensor:
+    """A block in fp32: itself, or a copy in `room`."""
+    return part if part.dtype == torch.float32 else room.copy_(part)
 
 
-def _subtract_targets(p: Tensor, column: Tensor) -> None:
-    """p - one-hot, in place."""
+def _blocks(logits: Tensor, valid: int) -> Iterator[tuple[slice, Tensor]]:
+    """Rows that are worked on together, and room for them in fp32, the same for all blocks."""
+    n = len(logits) if valid else 0
+    size = max(1, BLOCK.get(logits.device.type, LARGE_BLOCK) // logits.shape[1])
+    room = torch.empty(min(size, n), valid, device=logits.device)
+    for first in range(0, n, size):
+        rows = slice(first, min(first + size, n))
+        yield rows, room[: rows.stop - first]
+
+
+def _subtract_targets(p: Tensor, column: Tensor, amount: Tensor) -> None:
+    """p - one-hot * amount, in place.
+
+    Shapes: p [n, w], column and amount [n]
+    """
     if p.shape[1]:
-        p.scatter_add_(1, column.clamp(min=0).unsqueeze(1), -(column >= 0).to(p.dtype).unsqueeze(1))
+        p.scatter_add_(1, column.clamp(min=0).unsqueeze(1), amount.masked_fill(column < 0, 0.0).neg_().unsqueeze(1))
 
 
 REFERENCE = CrossEntropy(statistics, gradient)

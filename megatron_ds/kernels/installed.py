@@ -107,8 +107,8 @@ def liger() -> Package:
 
 
 def torchao() -> Package:
-    """torchao, for FP8."""
-    return _package("torchao", "torchao", trouble("torchao"))
+    """torchao; not imported, which takes seconds, since nothing of it is used."""
+    return _package("torchao", "torchao", None if has_module("torchao") else "torchao is not installed")
 
 
 def packages() -> tuple[Package, ...]:

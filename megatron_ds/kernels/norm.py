@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
+Tensor = torch.Tensor
 
-def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias.
 
     Shapes: x [..., h] -> [..., h]
@@ -14,7 +18,19 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+def exact_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """As `layer_norm`, for CPUs: there torch keeps the statistics in the weight's precision, and sums the gradients of
+    weight and bias over rows in x's.
+
+    In bf16 that is 2 % off for 512 rows and 5 % for 4096.
+    """
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return layer_norm(x, weight, bias, eps)
+    out: Tensor = _LayerNorm.apply(x, weight, bias, eps)
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight; RMSNorm has no bias.
 
     Shapes: x [..., h] -> [..., h]
@@ -22,3 +38,23 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, e
     """
     assert bias is None
     return F.rms_norm(x, weight.shape, weight, eps)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        wide_bias = None if bias is None else bias.float()
+        out, mean, deviation = torch.native_layer_norm(x, weight.shape, weight.float(), wide_bias, eps)
+        ctx.save_for_backward(x, weight, bias, mean, deviation)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, deviation = ctx.saved_tensors
+        shape, only_x = list(weight.shape), [True, False, False]
+        grad_x = torch.ops.aten.native_layer_norm_backward(
+            grad, x, shape, mean, deviation, weight.float(), None, only_x
+        )[0]
+        normed = torch.sub(x, mean).mul_(deviation).mul_(grad)  # fp32, as mean and deviation are
+        grad_weight = normed.flatten(0, -2).sum(0).to(weight.dtype)
+        return grad_x, grad_weight, None if bias is None else grad.flatten(0, -2).sum(0), None

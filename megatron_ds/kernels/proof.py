@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 
 from megatron_ds.kernels.adamw import Part
+from megatron_ds.kernels.attention import Attention, Pattern
+from megatron_ds.kernels.mask import Mask, Rule
+from megatron_ds.kernels.rope import rope_frequencies, rope_table
 
 Tensor = torch.Tensor
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
-"""Of the largest difference, beside the largest value."""
+"""Of the largest difference, beside the largest value; by what a tensor is kept in."""
+
+
+class Attending(NamedTuple):
+    """An attention, what makes its masks, and a size of heads."""
+
+    mask: Callable[[Rule], Mask | None]
+    attention: Attention
+    head_size: int
 
 
 class Make(NamedTuple):
@@ -32,16 +44,26 @@ class Make(NamedTuple):
 
 def disagreement(operation: str, kernel: Any, reference: Any, device: torch.device, dtype: torch.dtype) -> str | None:
     """What is wrong with a kernel of an operation on this device, None if nothing is."""
-    try:
-        found = CASES[operation](kernel, _make(device, dtype))
-    except Exception as error:  # other people's code, compilers and drivers: anything may come
-        return f"fails here: {type(error).__name__}: {(str(error).strip().splitlines() or ['?'])[0]}"
-    expected = CASES[operation](reference, _make(device, dtype))
+    case = CASES[operation]
+    # A run's own random numbers are not to depend on what was tried before it.
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            found = case(kernel, _make(device, dtype))
+        except Exception as error:  # other people's code, compilers and drivers: anything may come
+            return failure(error)
+        expected = case(reference, _make(device, dtype))
     for mine, right in zip(found, expected, strict=True):
+        if (mine.shape, mine.dtype) != (right.shape, right.dtype):
+            return f"gives {mine.dtype} {list(mine.shape)}, the reference {right.dtype} {list(right.shape)}"
         off = (mine.double() - right.double()).abs().max().item()
-        if not off <= TOLERANCE[dtype] * max(1.0, right.double().abs().max().item()):
+        if not off <= TOLERANCE[mine.dtype] * max(1.0, right.double().abs().max().item()):
             return f"disagrees here with the reference by {off:.1e}"
     return None
+
+
+def failure(error: Exception) -> str:
+    """An error in one line."""
+    return f"fails here: {type(error).__name__}: {(str(error).strip().splitlines() or ['?'])[0]}"
 
 
 def _make(device: torch.device, dtype: torch.dtype) -> Make:
@@ -52,7 +74,8 @@ def _there_and_back(call: Callable[..., Tensor], *inputs: Any) -> list[Tensor]:
     """The output and the gradients of all inputs that have one."""
     out = call(*inputs)
     wanted = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
-    weights = torch.linspace(-1, 1, out.numel(), device=out.device).to(out.dtype).view(out.shape)
+    # Of all sizes within a row: a softmax or a norm hands on nothing of what is the same in all of it.
+    weights = torch.arange(out.numel(), device=out.device).mul(2.0).sin().mul(2.0).to(out.dtype).view(out.shape)
     return [out.detach(), *torch.autograd.grad(out, wanted, weights)]
 
 
@@ -70,11 +93,19 @@ def _activations(kernel: Mapping[str, Any], make: Make) -> list[Tensor]:
 
 
 def _rope(kernel: Any, make: Make) -> list[Tensor]:
-    return _there_and_back(kernel, make(6, 2, 3, 32), make(2, 6, 2, 1, 16, grad=False))
+    positions = torch.arange(6, device=make.device).unsqueeze(1).expand(6, 2)
+    table = rope_table(positions, rope_frequencies(16, 100.0).to(make.device), make.dtype)
+    return _there_and_back(kernel, make(6, 2, 3, 32), table)
 
 
 def _bias_dropout_add(kernel: Any, make: Make) -> list[Tensor]:
-    return _there_and_back(kernel, make(6, 2, 96), make(96), make(6, 2, 96), 0.0)
+    whole = _there_and_back(kernel, make(6, 2, 96), make(96), make(6, 2, 96), 0.0)
+    # What is dropped differs from kernel to kernel; of ones a half is dropped and the rest doubled, there as back.
+    ones = make(6, 2, 96).detach().fill_(1).requires_grad_()
+    out = kernel(ones, None, torch.zeros_like(ones), 0.5)
+    (grad,) = torch.autograd.grad(out, ones, torch.ones_like(out))
+    dropped = (out == 0).float().mean()
+    return [*whole, out.detach() * (2 - out.detach()), grad - out.detach(), ((dropped - 0.5).abs() < 0.1).float()]
 
 
 def _cross_entropy(kernel: Any, make: Make) -> list[Tensor]:
@@ -94,7 +125,9 @@ def _adamw(kernel: Any, make: Make) -> list[Tensor]:
     half = make.dtype != torch.float32
     part = Part(master, grad, exp_avg, exp_avg_sq.abs_(), make(1000, grad=False) if half else None)
     scalars = torch.tensor([3.0, 0.5], device=make.device)
-    kernel([part], scalars[0], scalars[1], lr=0.1, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8)
+    options = {"lr": 0.1, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
+    kernel([part], scalars[0], scalars[1], **options)
+    kernel([part._replace(grad=torch.full_like(grad, torch.nan))], scalars[0], scalars[1] * 0, **options)
     return [t for t in (master, exp_avg, exp_avg_sq, part.model) if t is not None]
 
 
@@ -102,17 +135,31 @@ def _linear(kernel: Any, make: Make) -> list[Tensor]:
     x, weight, grad = make(32, 64, grad=False), make(48, 64, grad=False), make(32, 48, grad=False)
     total = make(48, 64, grad=False, dtype=torch.float32)
     kernel.add_grad_weight(total, grad, x)
+    total = total.to(make.dtype)  # the reference rounds to that before it adds
     return [total, kernel.forward(x, weight, None), kernel.grad_input(grad, weight), kernel.grad_weight(grad, x)]
 
 
-CASES: Mapping[str, Callable[[Any, Make], list[Tensor]]] = {
-    "layer_norm": _layer_norm,
-    "rms_norm": _rms_norm,
-    "activations": _activations,
-    "rope": _rope,
-    "bias_dropout_add": _bias_dropout_add,
-    "cross_entropy": _cross_entropy,
-    "softmax": _softmax,
-    "adamw": _adamw,
-    "linear": _linear,
-}
+def _attention(kernel: Attending, make: Make) -> list[Tensor]:
+    documents = torch.tensor([[0] * 20 + [1] * 28, [0] * 48], device=make.device)
+    out = []
+    for rule in (Rule(48, 48, True), Rule(48, 48, True, None, documents, documents, make.device)):
+        options = kernel.mask(rule), Pattern(), 0.0
+        q, k, v = make(48, 2, 4, kernel.head_size), make(48, 2, 2, kernel.head_size), make(48, 2, 2, kernel.head_size)
+        out += _there_and_back(kernel.attention, q, k, v, *options)
+    return out
+
+
+CASES: Mapping[str, Callable[[Any, Make], list[Tensor]]] = MappingProxyType(
+    {
+        "layer_norm": _layer_norm,
+        "rms_norm": _rms_norm,
+        "activations": _activations,
+        "rope": _rope,
+        "bias_dropout_add": _bias_dropout_add,
+        "cross_entropy": _cross_entropy,
+        "softmax": _softmax,
+        "adamw": _adamw,
+        "linear": _linear,
+        "attention": _attention,
+    }
+)

@@ -20,7 +20,7 @@ Tensor = torch.Tensor
 class Kernels:
     """One entry per operation; each is described where it is defined."""
 
-    layer_norm: Callable[[Tensor, Tensor, Tensor | None, float], Tensor] = norm.layer_norm
+    layer_norm: Callable[[Tensor, Tensor, Tensor | None, float], Tensor] = norm.exact_layer_norm
     rms_norm: Callable[[Tensor, Tensor, Tensor | None, float], Tensor] = norm.rms_norm
     activations: Mapping[str, activation.Activation] = field(default_factory=lambda: activation.FUSED)
     rope: Callable[[Tensor, Tensor], Tensor] = rope.apply_rope

@@ -9,7 +9,7 @@ Source: Chen et al. 2016, arXiv:1604.06174; Korthikanti et al. 2022, arXiv:2205.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,7 +30,7 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        kept, ctx.kept = [None if x is None else ctx.part.restore(*x) for x in ctx.kept], None
+        kept, ctx.kept = [None if x is None else ctx.part.restore(x) for x in ctx.kept], None
         inputs = [
             None if x is None else x.detach().requires_grad_(needed)
             for x, needed in zip((*kept, *ctx.saved_tensors), ctx.needs_input_grad[3:], strict=True)
@@ -42,6 +42,15 @@ class _Recomputed(torch.autograd.Function):
         return None, None, None, *(None if x is None else x.grad for x in inputs)
 
 
+class _Kept(NamedTuple):
+    """A part of an input, how to make the input of it again, and when a copy on the host is complete."""
+
+    part: torch.Tensor
+    shape: torch.Size
+    device: torch.device
+    copied: torch.cuda.Event | None = None
+
+
 class _Part:
     """Which part of a kept input this rank keeps, and where."""
 
@@ -50,20 +59,36 @@ class _Part:
         self.cut = runtime.recompute.distribute_saved_activations and self.tp.size > 1
         self.on_host = runtime.recompute.checkpoint_in_cpu
 
-    def keep(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Size, torch.device]:
+    def keep(self, x: torch.Tensor) -> _Kept:
         """What to hold on to."""
         part = x.detach()
         if self.cut:
             part = part.reshape(-1).chunk(self.tp.size)[self.tp.rank].clone()
-        return (part.to("cpu") if self.on_host else part), x.shape, x.device
+        if self.on_host and part.is_cuda:
+            host, copied = _to_host(part)
+            return _Kept(host, x.shape, x.device, copied)
+        return _Kept(part, x.shape, x.device)
 
-    def restore(self, part: torch.Tensor, shape: torch.Size, device: torch.device) -> torch.Tensor:
+    def restore(self, kept: _Kept) -> torch.Tensor:
         """The input again.
 
         Comm: all-gather over tp where the input was cut
         """
-        part = part.to(device)
-        return (all_gather(part, self.tp) if self.cut else part).view(shape)
+        if kept.copied is not None:
+            torch.cuda.current_stream(kept.device).wait_event(kept.copied)
+        part = kept.part.to(kept.device, non_blocking=True)
+        return (all_gather(part, self.tp) if self.cut else part).view(kept.shape)
+
+
+def _to_host(x: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event]:
+    """A copy in pinned memory, made beside what is computed next, and when it is complete."""
+    computing, copying = torch.cuda.current_stream(x.device), torch.cuda.Stream(x.device)
+    copying.wait_stream(computing)
+    host = torch.empty_like(x, device="cpu", pin_memory=True)
+    with torch.cuda.stream(copying):
+        host.copy_(x, non_blocking=True)
+    x.record_stream(copying)
+    return host, copying.record_event()
 
 
 def recomputed(

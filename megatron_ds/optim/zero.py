@@ -137,19 +137,20 @@ class ZeroOptimizer:
         return not replica and (self.buckets.sharded or self.dp.is_first)
 
     @torch.no_grad()
-    def apply(self, *, lr: float, weight_decay: float, scale: float) -> None:
+    def apply(self, *, lr: float, weight_decay: float, scale: torch.Tensor) -> None:
         """Multiply the gradients by `scale` (normalisation and clipping), update, and spread the new parameters.
 
-        Comm:   ZeRO-1 and 2: all-gather of the parameters over dp and cp
+        scale: on the device, which alone knows whether it is 0: then neither parameters, moments nor steps change.
+        Shapes: scale [] fp32
+        Comm:   ZeRO-1 and 2: all-gather of the parameters over dp and cp, changed or not
         """
-        self.steps += 1
-        factor = torch.tensor(scale, dtype=torch.float32, device=self.device)
+        self.steps += scale != 0
         for decayed in (True, False):
             parts = [segment.part for segment in self.segments if segment.spec.decay is decayed]
             self.adamw(
                 parts,
                 self.steps,
-                factor,
+                scale,
                 lr=lr,
                 weight_decay=weight_decay if decayed else 0.0,
                 beta1=self.config.adam_beta1,

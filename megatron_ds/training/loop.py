@@ -6,15 +6,17 @@ import gc
 import json
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import torch
 
 from megatron_ds import log
 from megatron_ds.data.loader import MicrobatchLoader
+from megatron_ds.errors import DataError
 from megatron_ds.optim.lr import LRSchedule
 from megatron_ds.parallel.collectives import all_reduce, gather_bytes
 from megatron_ds.timers import Timers, longest, timer_block
@@ -23,15 +25,40 @@ from megatron_ds.training.meter import Meter
 from megatron_ds.training.metrics import Metrics, Position, StepRecord
 from megatron_ds.training.progress import Progress
 from megatron_ds.training.resume import save_checkpoint
-from megatron_ds.training.step import StepResult, evaluate, train_step
+from megatron_ds.training.step import PendingStep, StepResult, evaluate, launch_step
 
 Batches = Callable[[Progress], MicrobatchLoader]
 """Batches of a dataset from where a run stands."""
 
 
+class Launched(NamedTuple):
+    """A step that was asked of the device, and when; what came of it was not read yet."""
+
+    step: PendingStep
+    samples: int
+    begun: float
+
+
+def steps_ahead(engine: Engine, timers: Timers, meter: Meter | None) -> int:
+    """How many steps the host may ask for before it reads what came of one.
+
+    0 where the host computes itself, where the next step depends on this one (a dynamic loss scale), and where steps
+    are measured one by one.
+    """
+    alone = engine.loss_scaling.dynamic or timers.level > 0 or meter is not None
+    return int(engine.run.device.type == "cuda" and not alone)
+
+
 @dataclass
 class Loop:
-    """A run from where it stands to where it stops; `stop` says whether this process was told to."""
+    """A run from where it stands to where it stops; `stop` says whether this process was told to.
+
+    Note [The host runs ahead]
+        On a GPU step n + 1 is launched before step n is read. `progress` and all that is reported follow what was
+        read; only `_next` looks further. Whatever looks at the weights (validation, a checkpoint, the end) first
+        waits until nothing is on its way, so there `progress` is where the weights are. Whether a rank was told to
+        stop, or is out of time, is in the sum that all ranks read, so they all leave after the same step.
+    """
 
     engine: Engine
     schedule: LRSchedule
@@ -46,6 +73,8 @@ class Loop:
     meter: Meter | None = None
     saved_at: int | None = None
     timed_iterations: int = 0
+    launched: deque[Launched] = field(default_factory=deque)
+    read_at: float = 0.0
 
     def train(self) -> bool:
         """Train until the iterations are done or a reason to leave comes; True if told to stop."""
@@ -53,41 +82,80 @@ class Loop:
         if training.manual_gc:
             gc.disable()
         self.saved_at = self.progress.iteration
-        stopped = self._agreed_to_stop()
-        batches = self.train_batches(self.progress)
-        while self.progress.iteration < plan.train_iters and not stopped:
-            begun, samples = time.perf_counter(), plan.global_batch_at(self.progress.consumed_samples)
-            with self.meter.step(self.progress) if self.meter else nullcontext():
-                result = train_step(
-                    self.engine,
-                    self.schedule,
-                    self.progress,
-                    batches,
-                    self.timers,
-                    stop=self.stop(),
-                    out_of_time=self._out_of_time(),
-                )
-            self.progress = self.progress.after_step(samples, result.skipped, result.next_loss_scale)
-            self._log(result, samples, time.perf_counter() - begun)
-            stopped = result.stop
-            if self._every(training.eval_interval) and self.valid_batches:
+        stopped, ahead = self._agreed_to_stop(), steps_ahead(self.engine, self.timers, self.meter)
+        batches = self._pinned(self.train_batches(self.progress))
+        while self._next().iteration < plan.train_iters and not stopped:
+            self._launch(batches)
+            iteration = self._next().iteration
+            stopped, out_of_time = self._read(keep=0 if self._pauses_at(iteration) else ahead)
+            if not self.launched and _every(training.eval_interval, iteration) and self.valid_batches:
                 stopped = stopped or self._validate()
                 # Also when it was left out: later validations must read the same rows as without the interruption.
                 validated = training.eval_iters * plan.global_batch_size
                 self.progress = self.progress.after_validation(validated)
-            if self._every(self.engine.run.config.checkpoint.save_interval):
+            if not self.launched and _every(self.engine.run.config.checkpoint.save_interval, iteration):
                 self.save()
-            if training.manual_gc and self._every(training.manual_gc_interval):
+            if training.manual_gc and _every(training.manual_gc_interval, iteration):
                 gc.collect()
-            if result.out_of_time:
+            if out_of_time:
                 log.info(f"exiting program after {(time.monotonic() - self.begun) / 60:.1f} minutes")
                 break
-            if self._every(training.exit_interval):
+            if _every(training.exit_interval, iteration):
                 log.info(f"exiting program at iteration {self.progress.iteration}")
                 break
         batches.close()
         self.save()
         return stopped
+
+    def _launch(self, batches: MicrobatchLoader) -> None:
+        """Ask for the next step."""
+        now, begun = self._next(), time.perf_counter()
+        with self.meter.step(now) if self.meter else nullcontext():
+            try:
+                step = launch_step(
+                    self.engine,
+                    self.schedule,
+                    now,
+                    batches,
+                    self.timers,
+                    stop=self.stop(),
+                    out_of_time=self._out_of_time(),
+                    at_once=self.meter is not None,  # what is copied inside an action would be weighed with it
+                )
+            except DataError:
+                self._read(keep=0)  # what was done before is reported
+                raise
+        self.launched.append(Launched(step, self.engine.run.plan.global_batch_at(now.consumed_samples), begun))
+
+    def _next(self) -> Progress:
+        """Where the next step starts from, if none of those on their way is skipped; the data do not depend on that."""
+        now = self.progress
+        for step in self.launched:
+            now = now.after_step(step.samples, skipped=False, loss_scale=now.loss_scale)
+        return now
+
+    def _pauses_at(self, iteration: int) -> bool:
+        """True where nothing may be on its way."""
+        training, plan = self.engine.run.config.training, self.engine.run.plan
+        intervals = [self.engine.run.config.checkpoint.save_interval, training.exit_interval]
+        if self.valid_batches:
+            intervals.append(training.eval_interval)
+        return iteration == plan.train_iters or any(_every(interval, iteration) for interval in intervals)
+
+    def _read(self, keep: int) -> tuple[bool, bool]:
+        """Read what came of all steps but the last `keep`; was some rank told to stop, is some out of time?
+
+        If so nothing stays unread.
+        """
+        stop = out_of_time = False
+        while len(self.launched) > (0 if stop or out_of_time else keep):
+            step, samples, begun = self.launched.popleft()
+            result, since = step.result(), max(begun, self.read_at)
+            self.read_at = time.perf_counter()
+            self.progress = self.progress.after_step(samples, result.skipped, result.next_loss_scale)
+            self._log(result, samples, self.read_at - since)
+            stop, out_of_time = stop or result.stop, out_of_time or result.out_of_time
+        return stop, out_of_time
 
     def save(self) -> None:
         """Save unless there is nowhere to, or nothing new."""
@@ -107,7 +175,7 @@ class Loop:
         return self._evaluate(self.valid_batches(self.progress), where, "validation")
 
     def _evaluate(self, batches: MicrobatchLoader, where: str, split: Literal["validation", "test"]) -> bool:
-        with closing(batches):
+        with closing(self._pinned(batches)):
             losses, stopped = evaluate(self.engine, batches, self.engine.run.config.training.eval_iters, self.stop)
         if not stopped:
             self.metrics.validation(where, losses, self._position(), split)
@@ -138,7 +206,7 @@ class Loop:
             )
         )
         self.timed_iterations += 1
-        if self._every(self.engine.run.config.logging.log_interval):
+        if _every(self.engine.run.config.logging.log_interval, position.iteration):
             self._log_timers()
 
     def _log_timers(self) -> None:
@@ -160,9 +228,15 @@ class Loop:
         flag = torch.tensor([float(self.stop())], device=self.engine.run.device)
         return bool(all_reduce(flag, self.engine.run.parallel.world) > 0)
 
-    def _every(self, interval: int | None) -> bool:
-        return bool(interval) and self.progress.iteration % (interval or 1) == 0
+    def _pinned(self, batches: MicrobatchLoader) -> MicrobatchLoader:
+        """The same loader, which reads into memory that this run's device can copy from."""
+        batches.pins = self.engine.run.device.type == "cuda"
+        return batches
 
     def _position(self) -> Position:
         samples = self.progress.consumed_samples
         return Position(self.progress.iteration, samples, samples * self.engine.run.plan.seq_length)
+
+
+def _every(interval: int | None, iteration: int) -> bool:
+    return bool(interval) and iteration % (interval or 1) == 0

@@ -31,7 +31,7 @@ from megatron_ds.plan import Plan, SampleCounts, continue_from, make_plan, sampl
 from megatron_ds.rules import check_config
 from megatron_ds.rules_layout import ranks_per_replica
 from megatron_ds.timers import Timers
-from megatron_ds.training import dry_run
+from megatron_ds.training import cpu, dry_run
 from megatron_ds.training.engine import Engine, build_engine
 from megatron_ds.training.flops import train_flops_per_sample
 from megatron_ds.training.loop import Loop
@@ -90,6 +90,8 @@ def _main(recipe: Recipe, defaults: Mapping[str, Any], argv: Sequence[str], stop
         return _dry_run(recipe, merged, world_size)
     stop.listen()
     device = _device(config)
+    if device.type == "cpu":
+        log.info(cpu.prepare(config.parallel.cpu_threads_per_rank))
     if config.training.verify_parallel:
         return verify(recipe, config, device)
     tokenizer = _tokenizer(config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,11 +14,11 @@ from megatron_ds.optim.loss_scale import LossScale
 from megatron_ds.optim.lr import LRSchedule
 from megatron_ds.parallel.collectives import all_reduce
 from megatron_ds.parallel.sequence import context_positions
-from megatron_ds.pipeline.executor import Microbatch
 from megatron_ds.timers import Timers
 from megatron_ds.training.engine import Engine
 from megatron_ds.training.progress import Progress
 from megatron_ds.training.run import Run
+from megatron_ds.training.transfers import Microbatches, OnItsWay, to_device
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,20 @@ class Totals(NamedTuple):
     out_of_time: float
 
 
+class PendingStep:
+    """A step that was asked of the device; `result` waits until it is done."""
+
+    def __init__(self, numbers: torch.Tensor, interpret: Callable[[list[float]], StepResult]):
+        self._numbers, self._interpret = OnItsWay(numbers), interpret
+
+    def result(self) -> StepResult:
+        """What came of it.
+
+        Raises: RunFault if DeepSpeed's rule for the loss scale has nowhere to go
+        """
+        return self._interpret(self._numbers.wait().tolist())
+
+
 def train_step(
     engine: Engine,
     schedule: LRSchedule,
@@ -58,44 +73,72 @@ def train_step(
     stop: bool,
     out_of_time: bool,
 ) -> StepResult:
-    """Forward, backward, reduce; then one sum over all ranks decides everything else.
+    """One step, and what came of it.
 
+    Comm: that of `launch_step`
+    """
+    return launch_step(engine, schedule, progress, batches, timers, stop=stop, out_of_time=out_of_time).result()
+
+
+def launch_step(
+    engine: Engine,
+    schedule: LRSchedule,
+    progress: Progress,
+    batches: Iterator[Any],
+    timers: Timers,
+    *,
+    stop: bool,
+    out_of_time: bool,
+    at_once: bool = False,
+) -> PendingStep:
+    """Forward, backward, reduce; then one sum over all ranks decides everything else, on the device.
+
+    at_once: copy all micro-batches to the device before the first is computed.
     Comm: the schedule's, the reduction of gradients, one all-reduce of 6 numbers over the world (of another one if
           the norm of the parameters is logged, or if there are several losses), the all-gather of parameters with ZeRO
     """
-    run, stage = engine.run, engine.run.parallel.pp.rank
+    run, stage, now = engine.run, engine.run.parallel.pp.rank, progress.consumed_samples
     engine.buckets.zero()
     engine.executor.loss_scale = engine.normaliser * progress.loss_scale.scale
-    count = run.plan.num_microbatches_at(progress.consumed_samples)
+    count, lr = run.plan.num_microbatches_at(now), schedule.lr_at(now)
     with timers("batch-generator", 2):
-        microbatches = take(batches, run, progress.consumed_samples, count)
+        microbatches = take(batches, run, now, count, uses=len(engine.chunks), ahead=count if at_once else 1)
     engine.executor.loss_weights = _loss_weights(run, microbatches)
     with timers("forward-backward", 1):
         sums = engine.executor.run(run.plan.actions(count)[stage], microbatches, timers)
         engine.buckets.wait()
     with timers("optimizer", 1):
-        losses, targets, totals = _sum_over_world(engine, sums, stop, out_of_time)
-        # The backward ran with a fixed scale; only now is it known over how many target tokens the loss is a mean.
-        ratio = 1.0 / (engine.executor.loss_scale * targets) if targets else math.nan
-        norm = math.sqrt(totals.squared_norm) * ratio
-        if math.isfinite(norm):
-            _update(engine, schedule, progress.consumed_samples, norm, ratio)
-    logging = run.config.logging
+        summed = _sum_over_world(engine, sums, stop, out_of_time)
+        norm, scale = _norm_and_scale(engine, summed)
+        engine.optimizer.apply(lr=lr, weight_decay=schedule.weight_decay_at(now), scale=scale)
+    numbers = [summed, norm[None], scale[None].double()]
+    if run.config.logging.log_params_norm:
+        numbers.append(all_reduce(engine.optimizer.params_squared_norm(), run.parallel.world)[None])
+    return PendingStep(torch.cat(numbers), partial(_result, engine, progress.loss_scale, lr))
+
+
+def _result(engine: Engine, loss_scale: LossScale, learning_rate: float, numbers: list[float]) -> StepResult:
+    """What the device found: sums and targets of the losses, Totals, norm, scale, the parameters' squared norm."""
+    config, names = engine.run.config, engine.run.config.model.loss_names
+    count = 2 * len(names)
+    totals = Totals(*numbers[count : count + len(Totals._fields)])
+    norm, scale, *params_squared_norm = numbers[count + len(Totals._fields) :]
+    skipped = scale == 0
     return StepResult(
-        losses=losses,
+        losses=means(names, numbers[:count]),
         grad_norm=norm,
-        learning_rate=schedule.lr_at(progress.consumed_samples),
-        loss_scale=progress.loss_scale.scale,
-        next_loss_scale=engine.loss_scaling.update(progress.loss_scale, overflow=not math.isfinite(norm)),
-        skipped=not math.isfinite(norm),
+        learning_rate=learning_rate,
+        loss_scale=loss_scale.scale,
+        next_loss_scale=engine.loss_scaling.update(loss_scale, overflow=skipped),
+        skipped=skipped,
         stop=totals.stops > 0,
         out_of_time=totals.out_of_time > 0,
-        params_norm=_params_norm(engine) if logging.log_params_norm else None,
-        num_zeros=totals.zeros if logging.log_num_zeros_in_grad else None,
+        params_norm=math.sqrt(params_squared_norm[0]) if params_squared_norm else None,
+        num_zeros=totals.zeros if config.logging.log_num_zeros_in_grad else None,
     )
 
 
-def _loss_weights(run: Run, microbatches: list[Microbatch]) -> torch.Tensor | None:
+def _loss_weights(run: Run, microbatches: Microbatches) -> torch.Tensor | None:
     """What each sum of losses counts in their total, for one that has so many targets as the first to count 1.
 
     The mean of the first is divided by its targets after the backward; that of another has to be before.
@@ -103,8 +146,8 @@ def _loss_weights(run: Run, microbatches: list[Microbatch]) -> torch.Tensor | No
     """
     if len(run.config.model.loss_names) == 1:
         return None
-    targets = sum((batch.num_targets() for batch, _ in microbatches), start=torch.zeros((), device=run.device))
-    counts = all_reduce(targets.double(), run.parallel.dp_cp)
+    targets = torch.stack([batch.num_targets() for batch in microbatches.given]).sum(0)
+    counts = all_reduce(to_device(targets.double(), run.device), run.parallel.dp_cp)
     return (counts[0] / counts.clamp(min=1)).float()
 
 
@@ -114,44 +157,43 @@ def means(names: tuple[str, ...], sums: list[float]) -> dict[str, float]:
     return {name: loss / targets if targets else math.nan for name, loss, targets in values}
 
 
-def _sum_over_world(
-    engine: Engine, sums: torch.Tensor, stop: bool, out_of_time: bool
-) -> tuple[dict[str, float], float, Totals]:
-    """Every number that the ranks have to share, in one message; of the losses their means, and the first's targets."""
+def _sum_over_world(engine: Engine, sums: torch.Tensor, stop: bool, out_of_time: bool) -> torch.Tensor:
+    """Every number that the ranks have to share, in one message: sums and targets of the losses, then Totals."""
     parallel, optimizer = engine.run.parallel, engine.optimizer
     counted = engine.run.config.logging.log_num_zeros_in_grad
     zeros = optimizer.num_zeros() if counted else sums.new_zeros(())
     mine = sums.flatten() if parallel.tp.is_first else sums.new_zeros(sums.numel())  # tp ranks saw the same tokens
-    flags = sums.new_tensor([float(stop), float(out_of_time)])
-    parts = torch.cat((mine, optimizer.squared_norm()[None], zeros[None], flags))
-    summed = all_reduce(parts, parallel.world).tolist()
-    names, count = engine.run.config.model.loss_names, sums.numel()
-    return means(names, summed[:count]), summed[count // 2], Totals(*summed[count:])
+    flags = [sums.new_full((1,), float(flag)) for flag in (stop, out_of_time)]
+    return all_reduce(torch.cat((mine, optimizer.squared_norm()[None], zeros[None], *flags)), parallel.world)
 
 
-def _update(engine: Engine, schedule: LRSchedule, consumed_samples: int, norm: float, ratio: float) -> None:
-    limit = engine.run.config.optimizer.clip_grad
-    clip = min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
-    engine.optimizer.apply(
-        lr=schedule.lr_at(consumed_samples),
-        weight_decay=schedule.weight_decay_at(consumed_samples),
-        scale=ratio * clip,
-    )
+def _norm_and_scale(engine: Engine, summed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient norm, and what the gradients are multiplied by: 0 where the norm is not finite.
+
+    Shapes: -> [] fp64, [] fp32
+    """
+    names, limit = engine.run.config.model.loss_names, engine.run.config.optimizer.clip_grad
+    # The backward ran with a fixed scale; only now is it known over how many target tokens the loss is a mean.
+    # Without any the ratio is infinite, and the norm is not finite.
+    ratio = 1.0 / (summed[len(names)] * engine.executor.loss_scale)
+    norm = summed[2 * len(names)].sqrt() * ratio
+    clip = (limit / (norm + 1e-6)).clamp(max=1.0) if limit > 0 else torch.ones_like(norm)
+    return norm, torch.where(norm.isfinite(), ratio * clip, 0.0).float()
 
 
-def _params_norm(engine: Engine) -> float:
-    """Comm: one all-reduce of one number over the world"""
-    return math.sqrt(all_reduce(engine.optimizer.params_squared_norm(), engine.run.parallel.world).item())
-
-
-def take(batches: Iterator[Any], run: Run, consumed_samples: int, count: int) -> list[Microbatch]:
+def take(
+    batches: Iterator[Any], run: Run, consumed_samples: int, count: int, *, uses: int = 1, ahead: int = 1
+) -> Microbatches:
     """This rank's micro-batches of the next global batch, its part of each sequence, with their global row numbers."""
     dp, cp, size = run.parallel.dp, run.parallel.cp, run.plan.micro_batch_size
     rows = [consumed_samples + (i * dp.size + dp.rank) * size for i in range(count)]
-    if cp.size == 1:
-        return [Microbatch(next(batches).to(run.device), row) for row in rows]
-    here = context_positions(run.plan.seq_length, cp.size, cp.rank, run.sharding.ulysses)
-    return [Microbatch(next(batches).at(here).to(run.device), row) for row in rows]
+    given = [next(batches) for _ in rows]
+    if cp.size > 1:
+        here = context_positions(run.plan.seq_length, cp.size, cp.rank, run.sharding.ulysses)
+        given = [batch.at(here) for batch in given]
+    if run.device.type == "cuda":  # the loader's are pinned, but not what was cut from them
+        given = [batch.pinned() for batch in given]
+    return Microbatches(given, rows, run.device, uses=uses, ahead=ahead)
 
 
 def evaluate(
@@ -168,10 +210,10 @@ def evaluate(
     names = run.config.model.loss_names
     total = torch.zeros(2 * len(names), dtype=torch.float64, device=run.device)
     for _ in range(iterations):
-        microbatches = take(batches, run, 0, plan.num_microbatches)
+        microbatches = take(batches, run, 0, plan.num_microbatches, uses=len(engine.chunks))
         sums = engine.executor.run(plan.eval_actions[parallel.pp.rank], microbatches, Timers())
         share = sums.flatten() if parallel.tp.is_first else sums.new_zeros(sums.numel())
-        summed = all_reduce(torch.cat((share, sums.new_tensor([float(stop())]))), parallel.world)
+        summed = all_reduce(torch.cat((share, sums.new_full((1,), float(stop())))), parallel.world)
         total += summed[:-1]
         stopped = bool(summed[-1] > 0)
         if stopped:

@@ -185,3 +185,27 @@ def test_reads_ahead_but_not_everything() -> None:
     time.sleep(0.1)
     batches.close()
     assert 4 <= len(rows.read) <= 10
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_pinned_where_they_are_read(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the threads, if there are any; and only if a device wants it."""
+    pinned_by: list[str] = []
+
+    def pinned(self: GPTBatch) -> GPTBatch:
+        pinned_by.append(threading.current_thread().name)
+        return self
+
+    monkeypatch.setattr(GPTBatch, "pinned", pinned)
+    batches = loader(Rows(100), workers)
+    batches.pins = True
+    next(batches)
+    next(batches)
+    batches.close()
+    assert len(pinned_by) >= 2
+    assert all(name.startswith("data") == bool(workers) for name in pinned_by)
+    del pinned_by[:]
+    batches = loader(Rows(100), workers)
+    next(batches)
+    batches.close()
+    assert not pinned_by

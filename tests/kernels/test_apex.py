@@ -108,6 +108,19 @@ def test_adamw_of_both_kinds_at_once_and_of_nothing(monkeypatch: pytest.MonkeyPa
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
+def test_adamw_with_a_scale_of_zero_changes_nothing(monkeypatch: pytest.MonkeyPatch, grad_dtype: torch.dtype) -> None:
+    calls: list[str] = []
+    install(monkeypatch, "amp_C", **stand_ins.amp_c(calls))
+    low = torch.ones(3, dtype=torch.bfloat16)
+    kept = torch.ones(3), torch.full((3,), 2.0), torch.full((3,), 3.0), low
+    master, m, v, _ = kept
+    part = (master, torch.full((3,), torch.nan, dtype=grad_dtype), m, v, low)
+    zero = torch.zeros(())
+    apex.adamw([part], zero, zero, lr=0.5, weight_decay=0.1, beta1=0.9, beta2=0.9, eps=0.0)
+    assert calls and [t.tolist() for t in kept] == [[1.0] * 3, [2.0] * 3, [3.0] * 3, [1.0] * 3]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_add_product(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     install(monkeypatch, "fused_weight_gradient_mlp_cuda", wgrad_gemm_accum_fp32=stand_ins.wgrad_gemm_accum_fp32)

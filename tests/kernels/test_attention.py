@@ -8,10 +8,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
-from megatron_ds.kernels.attention import ROWS, Pattern, attention, torch_attention
+from megatron_ds.kernels.attention import ROWS, Attention, Pattern, attention, by_backends, torch_attention, unfused
 from megatron_ds.kernels.flex import flex_mask, through
 from megatron_ds.kernels.mask import Rule, alibi_bias, alibi_slopes, relative_buckets, visible, with_bias
+from megatron_ds.kernels.softmax import softmax
+from tests.kernels.exact import compare, normal
 
 Seen = Callable[[int, int, int], bool]
 """(sample, query, key) -> whether it is seen."""
@@ -98,6 +101,65 @@ def test_masks_and_scales_equal_the_definition(kind: str, dtype: torch.dtype) ->
     limit = 1e-6 if dtype == torch.float32 else 2e-2
     for ours, expected in zip(found, true, strict=True):
         assert (ours - expected).norm() / expected.norm() < limit
+
+
+ATTENTIONS: dict[str, Attention] = {
+    "blocks": attention,
+    "torch": torch_attention,
+    "unfused": unfused(softmax),
+    "by backends": by_backends([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]),
+}
+
+
+def added(kind: str, sq: int, sk: int) -> torch.Tensor | None:
+    """A mask of a kind: numbers, or booleans that show every query at least itself, or the last key."""
+    seen = (normal(2, 1, sq, sk) > 0).index_fill_(3, torch.tensor([sk - 1]), True) | torch.eye(sq, sk, dtype=torch.bool)
+    numbers = normal(1, 6, sq, sk).float().masked_fill(~seen[:1], -math.inf)
+    return {"booleans": seen, "numbers": numbers}.get(kind)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["causal", "both ways", "booleans", "numbers"])
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_key_heads_that_are_shared(name: str, kind: str, dtype: torch.dtype) -> None:
+    """Six query heads on six, two and one; several blocks, the last cut short; fewer or more keys than queries."""
+    pattern = Pattern(kind == "causal", 0.4)
+    for heads, sq, sk in ((6, 9, 9), (2, ROWS + 7, ROWS + 7), (1, 2 * ROWS, 2 * ROWS), (2, ROWS + 3, 20), (2, 5, 70)):
+        if kind == "causal" and sq != sk:
+            continue
+        mask = added(kind, sq, sk)
+
+        def formula(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            k, v = (t.repeat_interleave(6 // t.shape[2], 2) for t in (k, v))
+            scores = 0.4 * torch.einsum("ibad,jbad->baij", q, k)
+            if mask is not None:  # noqa: B023
+                scores = scores + (mask if kind == "numbers" else torch.zeros(()).masked_fill(~mask, -math.inf))  # noqa: B023
+            if kind == "causal":
+                scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -math.inf)
+            return torch.einsum("baij,jbad->ibad", scores.softmax(-1), v).flatten(2)
+
+        inputs = [normal(sq, 2, 6, 8), normal(sk, 2, heads, 8, seed=1), normal(sk, 2, heads, 8, seed=2)]
+        call = ATTENTIONS[name]
+        for layout in ("whole", "part"):
+            compare(
+                lambda q, k, v: call(q, k, v, mask, pattern, 0.0),  # noqa: B023
+                formula,
+                inputs,
+                dtype,
+                slack=16 if dtype == torch.float32 else 6,
+                layout=layout,
+            )
+
+
+@pytest.mark.parametrize("name", ["torch", "unfused"])
+def test_dropout_hides_a_share_of_the_keys(name: str) -> None:
+    """All keys are alike and values are unit vectors: a row of the output shows what was kept, and by what factor."""
+    torch.manual_seed(0)
+    q, k = torch.randn(40, 1, 2, 40), torch.zeros(40, 1, 2, 40)
+    v = torch.eye(40).view(40, 1, 1, 40).expand(40, 1, 2, 40)
+    out = ATTENTIONS[name](q, k, v, None, Pattern(causal=False), 0.25) * 40
+    kept = out > 0
+    assert torch.allclose(out, kept / 0.75, atol=1e-5) and abs(kept.float().mean() - 0.75) < 0.03
 
 
 def test_no_mask_where_a_flag_says_it_all() -> None:

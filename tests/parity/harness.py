@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,7 @@ import pretrain_t5
 from megatron_ds import log
 from megatron_ds.config import parse
 from megatron_ds.data.batch import BERTBatch, GPTBatch, T5Batch
-from megatron_ds.kernels.table import Kernels
+from megatron_ds.kernels.adamw import AdamW, Part
 from megatron_ds.optim.lr import lr_schedule
 from megatron_ds.parallel import context, launch
 from megatron_ds.parallel.rng import DropoutStreams
@@ -23,7 +24,7 @@ from megatron_ds.timers import Timers
 from megatron_ds.training.engine import Engine, build_engine
 from megatron_ds.training.progress import Progress
 from megatron_ds.training.resume import checkpoint_to_load, load_checkpoint, save_checkpoint
-from megatron_ds.training.run import Recipe, Run
+from megatron_ds.training.run import Recipe, Run, chosen_kernels
 from megatron_ds.training.step import train_step
 from tests.parity.models import GPT2, LLAMA, STYLES, VOCAB, arguments, batches
 from tests.reference import bert, t5
@@ -110,7 +111,17 @@ def start(argv: Sequence[str], model_type: ModelType = "GPT") -> Engine:
     device = torch.device("cpu")
     parallel = context.start(config.parallel, plan.sizes, device)
     streams = DropoutStreams(config.training.seed)
-    return build_engine(Run(config, plan, parallel, Kernels(), device, None, streams), RECIPES[model_type])
+    kernels = chosen_kernels(config, device).kernels
+    kernels = replace(kernels, adamw=partial(update_and_keep, kernels.adamw))
+    return build_engine(Run(config, plan, parallel, kernels, device, None, streams), RECIPES[model_type])
+
+
+def update_and_keep(adamw: AdamW, parts: Sequence[Part], step: torch.Tensor, scale: torch.Tensor, **hyper: Any) -> None:
+    """An update that leaves the gradients as they were applied; not every kernel does."""
+    applied = [part.grad * scale for part in parts]
+    adamw(parts, step, scale, **hyper)
+    for part, grad in zip(parts, applied, strict=True):
+        part.grad.copy_(grad)
 
 
 def set_weights(engine: Engine, params: dict[str, torch.Tensor]) -> None:

@@ -30,7 +30,7 @@ def adamw(
 ) -> None:
     """Update number `step` (the first is 1) of every part, in place, with gradients times `scale`.
 
-    Neither number leaves the device. One launch per part.
+    Neither number leaves the device. One launch per part. A scale of 0 changes nothing.
     Shapes: every tensor of a part [n]; step and scale 0-dim fp32
     """
     # 1 - beta^step in fp64: in fp32 the first steps of a beta near 1 would lose four digits of it.
@@ -66,8 +66,9 @@ def _update(
     BLOCK: tl.constexpr,
 ) -> None:
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < n
-    g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32) * tl.load(scale)
+    factor = tl.load(scale)
+    inside = at < tl.where(factor != 0.0, n, 0)
+    g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32) * factor
     m = tl.load(exp_avg + at, mask=inside, other=0.0) * beta1 + g * rest1
     v = tl.load(exp_avg_sq + at, mask=inside, other=0.0) * beta2 + g * g * rest2
     tl.store(exp_avg + at, m, mask=inside)

@@ -61,3 +61,13 @@ def test_neighbours_in_a_flat_buffer_are_left_alone() -> None:
     adamw([Part(master, grad, m, v, None), Part(*(flat[4, :0],) * 4, None)], one, one, beta1=0.9, beta2=0.99, **HYPER)
     assert torch.equal(flat[:, :3], before[:, :3]) and torch.equal(flat[:, 17:], before[:, 17:])
     assert not torch.equal(master, before[0, 3:17])
+
+
+@pytest.mark.parametrize("model", [None, torch.bfloat16], ids=["alone", "bf16"])
+def test_a_scale_of_zero_changes_nothing(model: torch.dtype | None) -> None:
+    master, m, v = normal(2053), normal(2053, seed=1), normal(2053, seed=2).abs_()
+    kept = [master, m, v] + ([] if model is None else [master.to(model)])
+    before = [t.clone() for t in kept]
+    grad, zero = torch.full_like(master, torch.nan), torch.zeros((), device=DEVICE)
+    adamw([Part(master, grad, m, v, None if model is None else kept[3])], zero, zero, beta1=0.9, beta2=0.99, **HYPER)
+    assert all(torch.equal(now, then) for now, then in zip(kept, before, strict=True))
