@@ -3,9 +3,9 @@
     python benchmarks/fp8_parity.py --threads 1
 
 Every side starts from the same weights and takes the same batches through the package's own training step; only the
-products of the layers' linears differ (the output head stays as it is, unless --head says FP8 for it too). The text is the Python standard library of this machine, byte by byte. Prints one
-JSON row: for each side the mean loss of the last 50 steps, and how far its means over 50 steps are from those of bf16
-at most. fp32 is there as a yardstick: so far apart are runs that differ by the rounding of bf16.
+products of the layers differ (with --head fp8 the output head's too). The text is the Python standard library of this
+machine, byte by byte. Prints one JSON row: for each side the mean loss of the last 50 steps, and how far its means over
+50 steps are from those of bf16 at most. fp32 is a yardstick: so far apart are runs that differ by the rounding of bf16.
 """
 
 from __future__ import annotations

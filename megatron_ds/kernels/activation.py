@@ -17,7 +17,7 @@ Tensor = torch.Tensor
 Activation = Callable[[Tensor, "Tensor | None"], Tensor]
 
 BLOCK = 256 * 1024
-"""Elements that are worked on at once: the fp32 copies of so many stay in the cache."""
+"""Elements of a thread that are worked on at once: the fp32 copies of so many stay in the cache."""
 _SLOPE, _CUBE = 2 * math.sqrt(2 / math.pi), 0.044715
 
 
@@ -95,7 +95,7 @@ class _GeluTanh(torch.autograd.Function):
         width = x.shape[-1]
         rows = x.reshape(-1, width)
         out, slope = torch.empty_like(rows), torch.empty_like(rows)
-        size = max(1, BLOCK // width)
+        size = max(1, BLOCK * torch.get_num_threads() // width)
         room = torch.empty(4, min(size, len(rows)), width)
         for first in range(0, len(rows), size):
             block = slice(first, first + size)

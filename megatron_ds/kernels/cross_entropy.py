@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 
 Tensor = torch.Tensor
-BLOCK = {"cpu": 256 * 1024}
-"""Logits of a block of rows: on CPUs so many stay in the cache."""
+BLOCK = 256 * 1024
+"""Logits of a thread's block of rows: on CPUs so many stay in the cache."""
 LARGE_BLOCK = 64 * 1024 * 1024
-"""The same on other devices, where a block has to keep them busy."""
+"""Logits of a block on other devices, where it has to keep them busy."""
 
 
 class CrossEntropy(NamedTuple):
@@ -86,7 +86,8 @@ def _wide(part: Tensor, room: Tensor) -> Tensor:
 def _blocks(logits: Tensor, valid: int) -> Iterator[tuple[slice, Tensor]]:
     """Rows that are worked on together, and room for them in fp32, the same for all blocks."""
     n = len(logits) if valid else 0
-    size = max(1, BLOCK.get(logits.device.type, LARGE_BLOCK) // logits.shape[1])
+    block = BLOCK * torch.get_num_threads() if logits.device.type == "cpu" else LARGE_BLOCK
+    size = max(1, block // logits.shape[1])
     room = torch.empty(min(size, n), valid, device=logits.device)
     for first in range(0, n, size):
         rows = slice(first, min(first + size, n))

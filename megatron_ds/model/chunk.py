@@ -100,7 +100,7 @@ class ModelChunk(nn.Module):
         )
         interpolation = c.rotary_seq_len_interpolation_factor
         frequencies = rope_frequencies(c.rotated, c.rotary_base, interpolation, stretch if c.use_rope_scaling else None)
-        return rope_table(positions.t(), frequencies.to(positions.device), self.dtype)
+        return rope_table(positions.t(), frequencies.to(positions.device, non_blocking=True), self.dtype)
 
     def _mask(self, length: int, causal: bool, documents: torch.Tensor | None) -> Mask | None:
         """What self-attention over the whole sequence adds to scores, or which keys it sees.
@@ -115,7 +115,7 @@ class ModelChunk(nn.Module):
         if config.positions != "alibi":
             return self.runtime.kernels.mask(rule)
         assert config.num_attention_heads
-        slopes = alibi_slopes(config.num_attention_heads).to(device)
+        slopes = alibi_slopes(config.num_attention_heads).to(device, non_blocking=True)
         mine = slopes.chunk(shards.tp.size)[shards.tp.rank].chunk(ways)[shards.cp.rank if ways > 1 else 0]
         return with_bias(visible(rule), alibi_bias(mine, length, length), causal).to(self.dtype)
 

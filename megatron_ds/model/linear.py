@@ -89,13 +89,14 @@ class _RowLinear(torch.autograd.Function):
         runtime: Runtime = ctx.runtime
         shards, products, postponed = runtime.shards, runtime.kernels.linear, runtime.weight_grads.list is not None
         whole = all_gather(grad, shards.tp) if shards.sequence_parallel else grad
-        kept = grad if postponed else whole
+        rows = _rows(whole)
+        kept = _rows(grad) if postponed else rows
 
         def operands() -> tuple[torch.Tensor, torch.Tensor]:
             again = all_gather(kept, shards.tp) if shards.sequence_parallel and postponed else kept
-            return _rows(again), _rows(x)
+            return again, _rows(x)
 
-        grad_x = products.grad_input(_rows(whole), weight).view(x.shape)
+        grad_x = products.grad_input(rows, weight).view(x.shape)
         return grad_x, runtime.weight_grads.make(weight, operands, products), None
 
 

@@ -28,7 +28,7 @@ def fair_share() -> int:
 def keep_freed_memory() -> bool:
     """Let malloc keep what is freed, for a training step asks for the same again and again; True if it will.
 
-    By default glibc maps every large tensor anew and gives it back: the kernel then clears its pages each time, 2 to 7 %
+    By default glibc maps every large tensor anew and gives it back, and the kernel clears its pages each time: 2 to 7 %
     of a step (docs/performance.md). MALLOC_ variables in the environment are left to rule.
     """
     libc = ctypes.CDLL(None)

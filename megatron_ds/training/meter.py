@@ -54,12 +54,12 @@ def _costs(fields: Mapping[str, Any]) -> Costs:
 
 
 class Meter:
-    """Measures a rank's steps: bytes in the first one of the most micro-batches that updates, times in the others."""
+    """Measures a rank's steps: bytes in the first one of the most micro-batches, times in the others."""
 
     def __init__(self, engine: Engine):
         self.engine, do = engine, engine.executor.do
         self.costs: Costs | None = None
-        self.allocated_bytes, self.weighed_at = 0, -1
+        self.allocated_bytes = 0
         self.waited_s = self.reduced_s = self.reduced_at = 0.0
         do[Kind.REDUCE] = partial(self._reduce, do[Kind.REDUCE])
 
@@ -67,9 +67,7 @@ class Meter:
     def step(self, progress: Progress) -> Iterator[None]:
         """Around a training step that starts from there."""
         num_microbatches = self.engine.run.plan.num_microbatches_at(progress.consumed_samples)
-        was_skipped = progress.optimizer_steps == self.weighed_at  # and did not gather parameters
-        if self.costs is None or was_skipped or num_microbatches > self.costs.num_microbatches:
-            self.weighed_at = progress.optimizer_steps
+        if self.costs is None or num_microbatches > self.costs.num_microbatches:
             with self._weighed(num_microbatches):
                 yield
         else:

@@ -18,7 +18,7 @@ ROWS = 11
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of four rows of a width of 100, of one row where a row is longer than a block."""
-    monkeypatch.setitem(cross_entropy.BLOCK, "cpu", 400)
+    monkeypatch.setattr(cross_entropy, "BLOCK", 400)
 
 
 def columns(width: int, seed: int = 0) -> Tensor:

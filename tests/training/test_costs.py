@@ -13,7 +13,6 @@ import torch.distributed as dist
 
 from megatron_ds import log
 from megatron_ds.config import parse
-from megatron_ds.kernels.table import Kernels
 from megatron_ds.parallel import context, launch
 from megatron_ds.parallel.context import ParallelContext
 from megatron_ds.parallel.rng import DropoutStreams
@@ -21,7 +20,7 @@ from megatron_ds.plan import make_plan
 from megatron_ds.training.costs import Costs, Held, held, predict
 from megatron_ds.training.engine import build_engine
 from megatron_ds.training.meter import Meter
-from megatron_ds.training.run import Run
+from megatron_ds.training.run import Run, chosen_kernels
 from megatron_ds.training.step import train_step
 from tests.helpers.ranks import run_ranks
 from tests.parity import harness
@@ -89,7 +88,7 @@ def planned(argv: list[str], world_size: int, kind: ModelType = "GPT") -> Run:
     config, cpu = parse(argv, {"model_type": kind}), torch.device("cpu")
     assert config.tokenizer.vocab_size
     plan = make_plan(config, world_size, config.tokenizer.vocab_size + 1)
-    return Run(config, plan, ParallelContext.solo(), Kernels(), cpu, None, DropoutStreams(0))
+    return Run(config, plan, ParallelContext.solo(), chosen_kernels(config, cpu).kernels, cpu, None, DropoutStreams(0))
 
 
 def activations(costs: Costs) -> tuple[int, int]:
@@ -314,12 +313,20 @@ WIDE = """--num-layers 8 --hidden-size 768 --num-attention-heads 12 --seq-length
 def states() -> list[tuple[Held, int]]:
     """Run on every rank: for ZeRO-0, 1 and 2 the counted bytes, and those of all tensors that Python knows."""
     launch.adopt_environment()
-    parallel, found = None, []
+    parallel, found, cpu = None, [], torch.device("cpu")
     for zero_stage in (0, 1, 2):
         config = parse([*WIDE.split(), "--zero-stage", str(zero_stage)])
         plan = make_plan(config, log.world_size(), 256)
-        parallel = parallel or context.start(config.parallel, plan.sizes, torch.device("cpu"))
-        run = Run(config, plan, parallel, Kernels(), torch.device("cpu"), None, DropoutStreams(0))
+        parallel = parallel or context.start(config.parallel, plan.sizes, cpu)
+        run = Run(
+            config,
+            plan,
+            parallel,
+            chosen_kernels(config, cpu).kernels,
+            cpu,
+            None,
+            DropoutStreams(0),
+        )
         older = storages()
         engine = build_engine(run, RECIPE)
         mine = {address: size for address, size in storages().items() if address not in older}
@@ -373,7 +380,8 @@ def interleaved(stage: int, p: int, v: int) -> float:
     ],
 )
 def test_live_activations_are_those_of_the_schedule(flags: str, chunks: int, live: Callable[[int], float]) -> None:
-    model = "--pipeline-model-parallel-size 4 --num-layers 8 --micro-batch-size 1 "
+    # Blocks of rows, which CPUs use for short sequences otherwise, keep probabilities.
+    model = "--pipeline-model-parallel-size 4 --num-layers 8 --micro-batch-size 1 --attention-backend flash "
     message = S * H * FP32
     for rank in ranks_of(4, model + flags):
         assert rank.measured.live == live(rank.stage)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from megatron_ds import log
+from megatron_ds.kernels.products import FUSED, Products
 from megatron_ds.model.runtime import WeightGrads
 from megatron_ds.parallel import context, launch
 from megatron_ds.parallel.collectives import barrier
@@ -41,11 +42,12 @@ class Sleep(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         time.sleep(ctx.seconds)
 
-        def grad_weight() -> torch.Tensor:
+        def operands() -> tuple[torch.Tensor, torch.Tensor]:
             time.sleep(ctx.seconds)
-            return torch.zeros_like(ctx.weight)
+            return torch.zeros(1, 1), torch.zeros(1, 1)
 
-        return grad, ctx.grads.make(ctx.weight, grad_weight), None, None
+        made = ctx.grads.make(ctx.weight, operands, FUSED)
+        return grad, None if made is None else made.view(1), None, None
 
 
 class Sleeper(nn.Module):
@@ -66,7 +68,7 @@ class NoGradients:
     """Takes gradients and drops them."""
 
     def arm(self, chunk: int, still_missing: Sequence[torch.Tensor] | None) -> None: ...
-    def add(self, weight: torch.Tensor, grad: torch.Tensor) -> None: ...
+    def accumulate(self, weight: torch.Tensor, grad: torch.Tensor, x: torch.Tensor, products: Products) -> None: ...
     def finish(self, chunk: int) -> None: ...
 
 

@@ -81,7 +81,7 @@ def test_the_order_of_waits_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_real_batches_arrive() -> None:
-    one = GPTBatch(*(torch.zeros(2, 4) for _ in range(4)))  # type: ignore[call-arg]
+    one = GPTBatch(*(torch.zeros(2, 4) for _ in range(4)))
     found = Microbatches([one], [0], torch.device("meta"))[0].batch
     assert {t.device.type for t in (found.tokens, found.labels, found.loss_mask)} == {"meta"}
     assert found.documents is None and one.tokens.device.type == "cpu"
