@@ -18,6 +18,7 @@ from megatron_ds.parallel.context import ParallelContext
 from megatron_ds.parallel.rng import DropoutStreams
 from megatron_ds.plan import make_plan
 from megatron_ds.timers import Timers
+from megatron_ds.training import cpu
 from megatron_ds.training.dry_run import stage_costs
 from megatron_ds.training.engine import build_engine
 from megatron_ds.training.flops import train_flops_per_sample
@@ -81,6 +82,8 @@ class OurStep:
     ):
         script = importlib.import_module(RECIPES[workload.model])
         launch.adopt_environment()
+        if device == "cpu":
+            cpu.prepare(torch.get_num_threads())  # as pretrain() does
         self.workload, self.device = workload, torch.device(device)
         config = parse(arguments(workload, dtype, device) + flags.split(), getattr(script, "DEFAULTS", None))
         plan = make_plan(config, processes, workload.vocab)
