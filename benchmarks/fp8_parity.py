@@ -29,7 +29,6 @@ from benchmarks.peers_common import commit, write_row
 from megatron_ds.config import parse
 from megatron_ds.data.batch import GPTBatch
 from megatron_ds.kernels.fp8 import GRADIENTS, RECIPES, fp8_products, unavailable
-from megatron_ds.kernels.table import Kernels
 from megatron_ds.optim.lr import lr_schedule
 from megatron_ds.parallel import launch
 from megatron_ds.parallel.context import ParallelContext
@@ -38,7 +37,7 @@ from megatron_ds.plan import make_plan
 from megatron_ds.timers import Timers
 from megatron_ds.training.engine import build_engine
 from megatron_ds.training.progress import Progress
-from megatron_ds.training.run import Recipe, Run
+from megatron_ds.training.run import Recipe, Run, chosen_kernels
 from megatron_ds.training.step import train_step
 from tools.build_corpus import documents
 
@@ -56,7 +55,8 @@ class Side:
         precision = "" if name == "fp32" else "--bf16"
         config = parse(f"{_flags(options)} {precision}".split())
         plan = make_plan(config, 1, BYTES)
-        device, kernels = torch.device(options.device), Kernels()
+        device = torch.device(options.device)
+        kernels = chosen_kernels(config, device).kernels
         if name in FP8:
             products = fp8_products(*name.split("-"), kernels.linear, device)
             head = products if options.head == "fp8" else kernels.head

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
+import torch
+
 from megatron_ds.data.batch import Collate
 from megatron_ds.data.blend import TokenDataset
 from megatron_ds.data.sampler import microbatch_rows
@@ -16,7 +18,8 @@ from megatron_ds.errors import DataError
 class MicrobatchLoader(Iterator[Any]):
     """Successive micro-batches of one data-parallel rank, in order, up to two per thread read ahead.
 
-    Threads read, collate and pin; `next` waits for them and does none of it, unless there are none.
+    Threads read, collate and pin; `next` waits for them and does none of it, unless there are none. Batches come in
+    pinned memory where `device` is a GPU, which copies them while it computes.
     Raises: DataError from `next` when the dataset is used up or a token is wrong, not before that micro-batch is due
     """
 
@@ -31,10 +34,10 @@ class MicrobatchLoader(Iterator[Any]):
         collate: Collate,
         dataloader_type: Literal["single", "cyclic"] = "single",
         num_workers: int = 2,
+        device: torch.device | None = None,
     ):
         self.dataset, self.collate = dataset, collate
-        self.pins = False
-        """Whether batches come in pinned memory; for a GPU that copies them while it computes."""
+        self._pins = device is not None and device.type == "cuda"
         self._rows = microbatch_rows(
             dataloader_type,
             rows=len(dataset),
@@ -43,7 +46,9 @@ class MicrobatchLoader(Iterator[Any]):
             dp_rank=dp_rank,
             dp_size=dp_size,
         )
-        self._threads = ThreadPoolExecutor(num_workers, "data") if num_workers else None
+        # Which GPU is current is a thread's own affair: a new thread would pin for the first one, and wake it up.
+        begin = (torch.cuda.set_device, (device,)) if self._pins else (None, ())
+        self._threads = ThreadPoolExecutor(num_workers, "data", *begin) if num_workers else None
         self._ahead: deque[Future[Any]] = deque()
         self._depth = 2 * num_workers
         self._end: DataError | None = None
@@ -68,4 +73,4 @@ class MicrobatchLoader(Iterator[Any]):
 
     def _read(self, rows: list[int]) -> Any:
         batch = self.collate([self.dataset[row] for row in rows])
-        return batch.pinned() if self.pins else batch
+        return batch.pinned() if self._pins else batch

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Tensor = torch.Tensor
@@ -129,22 +130,24 @@ class _Blocks(torch.autograd.Function):
         return out.view(s, b, a * d)
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *kept = ctx.saved_tensors
         (b, heads), (_, group, s, d) = ctx.batch_and_heads, q.shape
         grad = _by_head(grad.reshape(s, b, heads * group, d), heads)
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        dq, dk, dv = q.new_empty(s, b, heads * group, d), torch.zeros_like(k), torch.zeros_like(v)
+        places, nothing = dq.view(s, b * heads, group, d), q.new_empty(())
         for p, (first, last, end) in zip(kept, _blocks(s, k.shape[1], ctx.causal), strict=True):
             rows, queries = (t[:, :, first:last].flatten(1, 2) for t in (grad, q))
-            dv[:, :end] += torch.bmm(p.mT, rows)
+            dv[:, :end].baddbmm_(p.mT, rows)
             dp = torch.bmm(rows, v[:, :end].mT)
             # d(scores) = p * (dp - the row's sum of p * dp)
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
-            dq[:, :, first:last] = torch.bmm(ds, k[:, :end]).view(b * heads, -1, last - first, d)
-            dk[:, :end] += torch.bmm(ds.mT, queries)
-        dq, dk = dq.mul_(ctx.scale), dk.mul_(ctx.scale)
-        to_q, to_k, to_v = (t.view(b, -1, t.shape[-2], d).permute(2, 0, 1, 3) for t in (dq, dk, dv))
-        return to_q, to_k, to_v, None, None
+            block = torch.baddbmm(nothing, ds, k[:, :end], beta=0, alpha=ctx.scale)
+            places[first:last] = block.view(b * heads, -1, last - first, d).permute(2, 0, 1, 3)
+            dk[:, :end].baddbmm_(ds.mT, queries, alpha=ctx.scale)
+        to_k, to_v = (t.view(b, heads, -1, d).permute(2, 0, 1, 3) for t in (dk, dv))
+        return dq, to_k, to_v, None, None
 
 
 def _by_head(t: Tensor, heads: int) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from megatron_ds.model.config import TOKEN_TYPES, TransformerConfig
 from megatron_ds.model.linear import column_linear
@@ -39,14 +40,14 @@ class VocabParallelEmbedding(nn.Module):
         self.rows = vocab.padded // runtime.shards.tp.size
         self.weight = nn.Parameter(torch.empty(self.rows, hidden, **factory))
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Rows of the table."""
+    def forward(self, ids: torch.Tensor, more: bool = False) -> torch.Tensor:
+        """Rows of the table; `more`: another lookup's gradient follows this one's in the same backward."""
         tp = self.runtime.shards.tp
         if tp.size == 1:
-            return _lookup(ids, self.weight, self.runtime)
+            return _lookup(ids, self.weight, self.runtime, more)
         local = ids - tp.rank * self.rows
         elsewhere = (local < 0) | (local >= self.rows)
-        found = _lookup(local.masked_fill(elsewhere, 0), self.weight, self.runtime)
+        found = _lookup(local.masked_fill(elsewhere, 0), self.weight, self.runtime, more)
         found = found.masked_fill(elsewhere.unsqueeze(-1), 0.0)
         return reduce_scatter_from(found, tp) if self.runtime.shards.sequence_parallel else reduce_from(found, tp)
 
@@ -69,26 +70,27 @@ class _Lookup(torch.autograd.Function):
     """Rows of a table, whose gradient goes straight to the main gradients: only the rows that were used are touched."""
 
     @staticmethod
-    def forward(ctx: Any, ids: torch.Tensor, weight: torch.Tensor, runtime: Runtime) -> torch.Tensor:
+    def forward(ctx: Any, ids: torch.Tensor, weight: torch.Tensor, runtime: Runtime, more: bool) -> torch.Tensor:
         ctx.save_for_backward(ids, weight)
-        ctx.main = runtime.weight_grads.main
+        ctx.main, ctx.more = runtime.weight_grads.main, more
         return F.embedding(ids, weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, None, None]:
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, ...]:
         ids, weight = ctx.saved_tensors
-        ctx.main.accumulate_rows(weight, ids.reshape(-1), grad.reshape(-1, grad.shape[-1]))
-        return None, None, None
+        ctx.main.accumulate_rows(weight, ids.reshape(-1), grad.reshape(-1, grad.shape[-1]), ctx.more)
+        return None, None, None, None
 
 
-def _lookup(ids: torch.Tensor, weight: torch.Tensor, runtime: Runtime) -> torch.Tensor:
+def _lookup(ids: torch.Tensor, weight: torch.Tensor, runtime: Runtime, more: bool) -> torch.Tensor:
     """F.embedding.
 
     Shapes: ids [s, b], weight [v/tp, h] -> [s, b, h]
     """
     if runtime.weight_grads.main is None:
         return F.embedding(ids, weight)
-    out: torch.Tensor = _Lookup.apply(ids, weight, runtime)
+    out: torch.Tensor = _Lookup.apply(ids, weight, runtime, more)
     return out
 
 
@@ -97,7 +99,7 @@ class OutputLayer(VocabParallelEmbedding):
 
     is_looked_up = False
 
-    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[override]
         """Logits of this rank's share of the vocabulary."""
         return self.project(x, bias)
 
@@ -152,10 +154,19 @@ class Embedding(nn.Module):
         self.dropout, self.runtime = config.hidden_dropout, runtime
 
     def forward(
-        self, ids: torch.Tensor, positions: torch.Tensor, types: torch.Tensor | None = None, site: str = "embedding"
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        types: torch.Tensor | None = None,
+        *,
+        site: str = "embedding",
+        more: bool = False,
     ) -> torch.Tensor:
-        """The sum of their rows, normalised if asked for, with dropout under the name of `site`."""
-        x: torch.Tensor = self.word_embeddings(ids)
+        """The sum of their rows, normalised if asked for, with dropout under the name of `site`.
+
+        more: words are looked up once more, and that gradient comes later in the backward.
+        """
+        x: torch.Tensor = self.word_embeddings(ids, more)
         if self.position_embeddings is not None:
             x = x + self.position_embeddings(positions)
         if self.tokentype_embeddings is not None and types is not None:

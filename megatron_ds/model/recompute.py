@@ -9,6 +9,7 @@ Source: Chen et al. 2016, arXiv:1604.06174; Korthikanti et al. 2022, arXiv:2205.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -82,13 +83,19 @@ class _Part:
 
 def _to_host(x: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event]:
     """A copy in pinned memory, made beside what is computed next, and when it is complete."""
-    computing, copying = torch.cuda.current_stream(x.device), torch.cuda.Stream(x.device)
+    computing, copying = torch.cuda.current_stream(x.device), _copying(x.device)
     copying.wait_stream(computing)
     host = torch.empty_like(x, device="cpu", pin_memory=True)
     with torch.cuda.stream(copying):
         host.copy_(x, non_blocking=True)
     x.record_stream(copying)
     return host, copying.record_event()
+
+
+@cache
+def _copying(device: torch.device) -> torch.cuda.Stream:
+    """The one stream of copies from a device; torch has but 32, which others use too."""
+    return torch.cuda.Stream(device)
 
 
 def recomputed(

@@ -33,10 +33,10 @@ class MainGrads(Protocol):
     def accumulate(
         self, weight: torch.Tensor, grad: torch.Tensor, x: torch.Tensor, products: Products, more: bool = False
     ) -> None:
-        """Add grad^T x to the gradient of a weight; `more`: autograd will bring another part of it."""
+        """Add grad^T x to the gradient of a weight; `more`: another part of it follows in the same backward."""
 
-    def accumulate_rows(self, weight: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor) -> None:
-        """Add rows to the rows of a table's gradient."""
+    def accumulate_rows(self, weight: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor, more: bool = False) -> None:
+        """Add rows to the rows of a table's gradient; `more` likewise."""
 
 
 class WeightGrads:

@@ -118,9 +118,10 @@ class T5Model(ModelChunk):
         return self._token_losses(logits, labels)
 
     def _embed(self, source: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Tables | None]:
+        # The decoder's gradient is always the first: what the encoder's words get has come through the encoder.
         embedded = (
             self.embedding(source.t(), _count(source).t()),
-            self.embedding(target.t(), _count(target).t(), site="decoder embedding"),
+            self.embedding(target.t(), _count(target).t(), site="decoder embedding", more=True),
         )
         if not self.relative:
             return *embedded, None

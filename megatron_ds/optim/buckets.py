@@ -105,7 +105,7 @@ class Buckets:
     def accumulate(
         self, weight: torch.Tensor, grad: torch.Tensor, x: torch.Tensor, products: Products, more: bool = False
     ) -> None:
-        """Add grad^T x to a weight's gradient; `more`: autograd will bring another part of it.
+        """Add grad^T x to a weight's gradient; `more`: another part of it follows in the same backward.
 
         Shapes: grad [n, o], x [n, i]
         """
@@ -119,8 +119,8 @@ class Buckets:
             self._has(bucket, name)
 
     @torch.no_grad()
-    def accumulate_rows(self, weight: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor) -> None:
-        """Add rows to the rows `ids` of a table's gradient.
+    def accumulate_rows(self, weight: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor, more: bool = False) -> None:
+        """Add rows to the rows `ids` of a table's gradient; `more` as in `accumulate`.
 
         Shapes: ids [n], rows [n, h]
         """
@@ -130,7 +130,8 @@ class Buckets:
             bucket.take(name, torch.ops.aten.embedding_dense_backward(rows, ids, len(weight), -1, False))
         else:
             add_rows(bucket.main_grad(name, tuple(weight.shape)), ids, rows)
-        self._has(bucket, name)
+        if not more:
+            self._has(bucket, name)
 
     def _has(self, bucket: Bucket, name: str) -> None:
         """Reduce the bucket if this was what an armed one waited for."""

@@ -40,7 +40,9 @@ class ParallelConfig:
     world_size: int | None = arg(None, "Ranks to plan for with --dry-run; otherwise the launcher says.")
     device: Literal["auto", "cpu", "cuda"] = arg("auto", "Where to train; auto takes a GPU when there is one.")
     cpu_threads_per_rank: int | None = arg(
-        None, "Threads of a rank on CPUs. Default: OMP_NUM_THREADS; where that is not set, an equal share of the cores."
+        None,
+        "Threads of a rank on CPUs. Default: OMP_NUM_THREADS; an equal share of the cores where that is not set, or is "
+        "the 1 that torchrun sets beside several ranks.",
     )
     distributed_backend: Literal["nccl", "gloo"] | None = arg(None, "Default: nccl on GPUs, gloo on CPUs.")
     distributed_timeout_minutes: float = arg(10.0, "A collective that takes longer ends the job.")

@@ -12,8 +12,13 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def prepare(threads: int | None) -> str:
-    """Set both, and say in a line what was set; `threads`: as many, if given."""
-    if threads is not None or "OMP_NUM_THREADS" not in os.environ:
+    """Set both, and say in a line what was set; `threads`: as many, if given.
+
+    OMP_NUM_THREADS rules, unless it may be torchrun's: that sets 1 if it starts several ranks and finds nothing.
+    """
+    said, ranks = os.environ.get("OMP_NUM_THREADS"), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torchruns = said == "1" and ranks > 1 and "TORCHELASTIC_RUN_ID" in os.environ
+    if threads is not None or said is None or torchruns:
         torch.set_num_threads(threads or fair_share())
     kept = "; malloc keeps what is freed" if keep_freed_memory() else ""
     return f" > threads per rank: {torch.get_num_threads()}{kept}"

@@ -166,7 +166,8 @@ def _load(index: Index, parallel: ParallelContext, device: torch.device, fp32: b
     state, config, tp = index.state, stored_model(index), parallel.tp
     vocab, lengths = Vocab(state["vocab_size"], pad_vocabulary(state["vocab_size"], tp.size)), _lengths(state)
     dtype = torch.float32 if fp32 else DTYPES.get(state["dtype"], torch.float32)
-    runtime = Runtime(Sharding(tp), streams=DropoutStreams(0, device_type=device.type))
+    kernels = choose(KernelConfig(), device, dtype, head_size=config.head_size).kernels
+    runtime = Runtime(Sharding(tp), kernels, DropoutStreams(0, device_type=device.type))
     positions = state["max_positions"]
     cut = ParallelConfig(pipeline_model_parallel_size=parallel.pp.size, pp_partition_method="uniform")
     (stage,) = stages_of(config, cut, lengths, vocab, positions)[parallel.pp.rank]

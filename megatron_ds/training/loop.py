@@ -83,7 +83,7 @@ class Loop:
             gc.disable()
         self.saved_at = self.progress.iteration
         stopped, ahead = self._agreed_to_stop(), steps_ahead(self.engine, self.timers, self.meter)
-        batches = self._pinned(self.train_batches(self.progress))
+        batches = self.train_batches(self.progress)
         while self._next().iteration < plan.train_iters and not stopped:
             self._launch(batches)
             iteration = self._next().iteration
@@ -175,7 +175,7 @@ class Loop:
         return self._evaluate(self.valid_batches(self.progress), where, "validation")
 
     def _evaluate(self, batches: MicrobatchLoader, where: str, split: Literal["validation", "test"]) -> bool:
-        with closing(self._pinned(batches)):
+        with closing(batches):
             losses, stopped = evaluate(self.engine, batches, self.engine.run.config.training.eval_iters, self.stop)
         if not stopped:
             self.metrics.validation(where, losses, self._position(), split)
@@ -227,11 +227,6 @@ class Loop:
     def _agreed_to_stop(self) -> bool:
         flag = torch.tensor([float(self.stop())], device=self.engine.run.device)
         return bool(all_reduce(flag, self.engine.run.parallel.world) > 0)
-
-    def _pinned(self, batches: MicrobatchLoader) -> MicrobatchLoader:
-        """The same loader, which reads into memory that this run's device can copy from."""
-        batches.pins = self.engine.run.device.type == "cuda"
-        return batches
 
     def _position(self) -> Position:
         samples = self.progress.consumed_samples

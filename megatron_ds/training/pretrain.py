@@ -46,6 +46,7 @@ from megatron_ds.training.run import (
     ModelProvider,
     Recipe,
     Run,
+    agree_on_kernels,
     as_splits,
     chosen_kernels,
 )
@@ -203,6 +204,7 @@ def _loader(run: Run, dataset: Any, consumed_samples: int) -> MicrobatchLoader:
         dataloader_type=data.dataloader_type,
         num_workers=data.num_workers,
         collate=collate_for(run.config.model.model_type, data, run.tokenizer.eod if run.tokenizer else None),
+        device=run.device,
     )
 
 
@@ -276,10 +278,12 @@ def _device(config: Config) -> torch.device:
 
 
 def _join(config: Config, plan: Plan, tokenizer: Tokenizer | None, device: torch.device) -> Run:
+    """Comm: rendezvous of the world; gathers every rank's choice of kernels over it."""
     parallel = context.start(config.parallel, plan.sizes, device)
     _say_time("after megatron is initialized")
     streams = DropoutStreams(config.training.seed, device_type=device.type)
     chosen = chosen_kernels(config, device)
+    agree_on_kernels(chosen, parallel.world)
     for line in chosen.lines():
         log.info(line)
     return Run(config, plan, parallel, chosen.kernels, device, tokenizer, streams)

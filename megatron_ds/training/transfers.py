@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ class Microbatches(Sequence[Microbatch]):
         self._left = [uses] * len(given)
         self._copied: dict[int, tuple[Any, torch.cuda.Event | None]] = {}
         self._begun = 0
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = _copying(device) if device.type == "cuda" else None
         self._copy_until(ahead)
 
     def __len__(self) -> int:
@@ -76,6 +77,12 @@ class Microbatches(Sequence[Microbatch]):
                 batch = self.given[number].to(self.device)
             self._copied[number] = batch, None if self._stream is None else self._stream.record_event()
         self._begun = max(self._begun, stop)
+
+
+@cache
+def _copying(device: torch.device) -> torch.cuda.Stream:
+    """The one stream of copies to a device: memory that was allocated on another could not be used again on it."""
+    return torch.cuda.Stream(device)
 
 
 def _await(batch: Any, arrival: torch.cuda.Event, stream: torch.cuda.Stream) -> None:

@@ -32,7 +32,7 @@ from megatron_ds.plan import Plan, SampleCounts, make_plan
 from megatron_ds.timers import Timers
 from megatron_ds.training.engine import Engine, build_engine
 from megatron_ds.training.progress import Progress
-from megatron_ds.training.run import Recipe, Run, as_splits, chosen_kernels
+from megatron_ds.training.run import Recipe, Run, agree_on_kernels, as_splits, chosen_kernels
 from megatron_ds.training.shrink import STEPS, Small, plain, shrink
 from megatron_ds.training.step import train_step
 
@@ -103,7 +103,7 @@ def _try(
 ) -> tuple[Trained, list[Finding]]:
     """Train in the layout of `config` and compare.
 
-    Comm: process groups of the layout; the steps of one run; one gather of bytes over the world
+    Comm: process groups of the layout; the steps of one run; two gathers of bytes over the world
     """
     plan = make_plan(config, log.world_size(), vocab_size)
     solo = plan.world_size == 1
@@ -116,9 +116,9 @@ def _train(recipe: Recipe, config: Config, vocab_size: int, device: torch.device
     """A few steps from weights and on tokens that depend on the seed only."""
     plan = make_plan(config, parallel.world.size, vocab_size)
     streams = DropoutStreams(config.training.seed, device_type=device.type)
-    engine = build_engine(
-        Run(config, plan, parallel, chosen_kernels(config, device).kernels, device, None, streams), recipe
-    )
+    chosen = chosen_kernels(config, device)
+    agree_on_kernels(chosen, parallel.world)
+    engine = build_engine(Run(config, plan, parallel, chosen.kernels, device, None, streams), recipe)
     _set_weights(engine)
     schedule = lr_schedule(config.lr, config.optimizer, None, plan.global_batch_size, STEPS)
     progress, trained = Progress(), Trained([], [])
