@@ -88,7 +88,9 @@ def page(config: Config) -> Iterator[str]:
     sized = model.hidden_size and model.num_attention_heads
     head = model.head_size if sized else model.kv_channels or HEAD_SIZE
     dropout = model.attention_dropout
-    choices = choose(config.kernels, device, dtype, attention_dropout=dropout, head_size=head).choices
+    masks = model.model_type != "GPT" or model.window_size is not None or config.data.reset_attention_mask
+    sizes = {"head_size": head, "hidden_size": model.hidden_size or 96}
+    choices = choose(config.kernels, device, dtype, attention_dropout=dropout, masks=masks, **sizes).choices
     yield "Machine"
     yield from _table(machine(config))
     yield ""

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 Tensor = torch.Tensor
 Activation = Callable[[Tensor, "Tensor | None"], Tensor]
@@ -76,7 +77,9 @@ def liglu(x: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def fused_gelu_tanh(x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As `gelu_tanh`, for CPUs: value and slope come from one sigmoid, block by block, and only the slope is kept."""
+    """As `gelu_tanh`, on CPUs with value and slope from one sigmoid, block by block, and only the slope kept."""
+    if x.device.type != "cpu":
+        return gelu_tanh(x, bias)
     out: Tensor = _GeluTanh.apply(x, bias)
     return out
 
@@ -113,6 +116,7 @@ class _GeluTanh(torch.autograd.Function):
         return out.view(x.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (slope,) = ctx.saved_tensors
         grad = slope.view(grad.shape).mul_(grad)  # a second backward would notice that it has changed
@@ -127,6 +131,7 @@ class _SwiGLU(torch.autograd.Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, bias = ctx.saved_tensors
         gate, up = _biased(x, bias).chunk(2, dim=-1)

@@ -5,7 +5,7 @@ Source: Loshchilov and Hutter 2019, arXiv:1711.05101
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -86,20 +86,35 @@ def fused(
     beta2: float,
     eps: float,
 ) -> None:
-    """Through torch's fused AdamW: on CPUs in blocks that stay in the cache for all that is done to them."""
+    """Through torch's fused AdamW: on CPUs in blocks that stay in the cache for all that is done to them, elsewhere in
+    one launch, but for gradients in bf16, of which fp32 copies are made for one part at a time.
+    """
     inverse, skip = scale.reciprocal(), (scale == 0).float()  # torch divides by it
-    for part in parts:
-        size = BLOCK if part.master.device.type == "cpu" else max(1, part.master.numel())
-        for master, grad, exp_avg, exp_avg_sq, model in _cut(part, size):
-            torch._fused_adamw_(
-                [master], [grad.to(master.dtype)], [exp_avg], [exp_avg_sq], [], [step],
-                lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps,
-                amsgrad=False, maximize=False, grad_scale=inverse, found_inf=skip,
-            )  # fmt: skip
-            if model is not None:
-                model.copy_(master)  # a skipped one as well: it has that value already
+    for group in _groups(parts, scale.device):
+        masters, grads = [part.master for part in group], [part.grad.float() for part in group]
+        first, second = [part.exp_avg for part in group], [part.exp_avg_sq for part in group]
+        torch._fused_adamw_(
+            masters, grads, first, second, [], [step] * len(group),
+            lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps,
+            amsgrad=False, maximize=False, grad_scale=inverse, found_inf=skip,
+        )  # fmt: skip
+        # Skipped ones as well: they have that value already.
+        copied = [(part.model, part.master) for part in group if part.model is not None]
+        if copied:
+            torch._foreach_copy_([model for model, _ in copied], [master for _, master in copied])
+
+
+def _groups(parts: Sequence[Part], device: torch.device) -> Iterator[list[Part]]:
+    """What is updated together."""
+    if device.type == "cpu":
+        yield from ([block] for part in parts for block in _cut(part, BLOCK))
+        return
+    together = [part for part in parts if part.grad.dtype == torch.float32]
+    yield from ([part] for part in parts if part.grad.dtype != torch.float32)
+    if together:
+        yield together
 
 
 def _cut(part: Part, size: int) -> list[Part]:
-    columns = [[None] * -(-len(part.master) // size) if t is None else t.split(size) for t in part]
+    columns = [[None] * max(1, -(-len(part.master) // size)) if t is None else t.split(size) for t in part]
     return [Part(*row) for row in zip(*columns, strict=True)]

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
+from megatron_ds.kernels import products
+from megatron_ds.kernels.adamw import Part
 from megatron_ds.kernels.installed import trouble
 
 Tensor = torch.Tensor
-Part = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
-"""master, grad, exp_avg, exp_avg_sq, and a copy of the master in the model's precision where there is one."""
 Softmax = Callable[[Tensor, Tensor | None, float, bool], Tensor]
 LARGEST = 2**30
 """Elements of one tensor that multi_tensor_adam_capturable is given: it counts them in 32 bits."""
@@ -84,7 +84,7 @@ def adamw(
         if model is not None and model.dtype == grad.dtype:
             together.setdefault(grad.dtype, []).extend(_slices(part))
             continue
-        alone.extend(_slices((master, grad.float(), first, second, None)))
+        alone.extend(_slices(Part(master, grad.float(), first, second, None)))
         if model is not None:
             copied.append((model, master))
     device = scale.device
@@ -104,12 +104,14 @@ def adamw(
 
 
 def add_product(total: Tensor, grad_out: Tensor, x: Tensor) -> None:
-    """total += grad_out^T x, in place.
+    """total += grad_out^T x, in place; through apex where total is fp32.
 
-    Shapes: total [o, i] fp32, grad_out [n, o], x [n, i]
+    Shapes: total [o, i], grad_out [n, o], x [n, i]
     """
+    if total.dtype != torch.float32:
+        return products.add_product(total, grad_out, x)
     # The kernel reads plain addresses, and both operands in x's type.
-    assert total.is_contiguous() and total.dtype == torch.float32 and grad_out.dtype == x.dtype
+    assert total.is_contiguous() and grad_out.dtype == x.dtype
     if x.numel():
         module = importlib.import_module("fused_weight_gradient_mlp_cuda")
         module.wgrad_gemm_accum_fp32(x.contiguous(), grad_out.contiguous(), total)
@@ -202,5 +204,5 @@ def _slices(part: Part) -> list[Part]:
     for start in range(0, master.numel(), LARGEST):
         cut = slice(start, start + LARGEST)
         low = None if model is None else model[cut]
-        found.append((master[cut], grad[cut], first[cut], second[cut], low))
+        found.append(Part(master[cut], grad[cut], first[cut], second[cut], low))
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,8 @@ ROWS = 64
 """Rows of a block: its scores stay in the processor's cache."""
 LONGEST = 512
 """Sequences for which blocks were measured to be faster."""
+LEARNED = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Of torch's backends those that have a gradient of the mask; cuDNN's is chosen without and fails in the backward."""
 
 
 class Pattern(NamedTuple):
@@ -56,16 +59,17 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, patter
     q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q.dtype)
-    out = F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=mask,
-        dropout_p=dropout,
-        is_causal=pattern.causal and mask is None,
-        scale=pattern.scale,
-        enable_gqa=k.shape[1] != a,
-    )
+    with sdpa_kernel(LEARNED) if mask is not None and mask.requires_grad else nullcontext():
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=pattern.causal and mask is None,
+            scale=pattern.scale,
+            enable_gqa=k.shape[1] != a,
+        )
     return out.permute(2, 0, 1, 3).reshape(s, b, a * d)
 
 
@@ -88,11 +92,11 @@ def unfused(softmax: Callable[[Tensor, Tensor | None, float, bool], Tensor]) -> 
         if k.shape[1] != a:
             k, v = (t.repeat_interleave(a // t.shape[1], 1) for t in (k, v))
         scale = 1 / math.sqrt(d) if pattern.scale is None else pattern.scale
-        scores = q @ k.mT
+        scores = (q * scale) @ k.mT  # in fp16 a product that is scaled afterwards may have overflowed
         if mask is not None and mask.dtype != torch.bool:
-            p = softmax(scores.float() * scale + mask, None, 1.0, False).to(q.dtype)
+            p = softmax(scores.float() + mask, None, 1.0, False).to(q.dtype)
         else:
-            p = softmax(scores, mask, scale, pattern.causal and mask is None)
+            p = softmax(scores, mask, 1.0, pattern.causal and mask is None)
         return (F.dropout(p, dropout) @ v).permute(2, 0, 1, 3).reshape(s, b, a * d)
 
     return call
@@ -130,7 +134,7 @@ class _Blocks(torch.autograd.Function):
         return out.view(s, b, a * d)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *kept = ctx.saved_tensors
         (b, heads), (_, group, s, d) = ctx.batch_and_heads, q.shape

@@ -50,6 +50,8 @@ SWITCHES = {
 """Megatron's --no-* flags that turn one operation to plain torch; for gated activations see `_plain_gates`."""
 PREFERENCE = {"cuda": ("triton", "apex", "liger", "torch", "reference"), "cpu": ("torch", "reference")}
 NOTHING = "has none"
+Trial = Callable[[str, Any], "str | None"]
+"""What is wrong with a kernel of an operation."""
 
 
 class Choice(NamedTuple):
@@ -113,8 +115,10 @@ def choose(
     *,
     attention_dropout: float = 0.0,
     head_size: int = 128,
+    hidden_size: int = 96,
+    masks: bool = True,
 ) -> Chosen:
-    """The table for a device and a precision of parameters.
+    """The table for a device and a precision of parameters; `masks`: whether a run may have any but a causal one.
 
     Raises: ConfigError if what was asked for by name is not to be had here
     """
@@ -124,24 +128,29 @@ def choose(
         raise ConfigError(
             "--kernels", f"{wanted}, and {offers(wanted).lacks}", "kernels that this machine has", "--kernels auto"
         )
+
+    def trial(operation: str, kernel: Any) -> str | None:
+        return proof.disagreement(operation, kernel, REFERENCE[operation], device, dtype, hidden_size)
+
     found: dict[str, Any] = {}
     choices: dict[str, Choice] = {}
     for operation in OPERATIONS:
-        found[operation], choices[operation] = _first(operation, config, offers, device, dtype)
+        found[operation], choices[operation] = _first(operation, config, offers, device, trial)
     head = found["linear"]
     if config.fp8 is not None:
         found["linear"] = _in_fp8(config, head, device)
         source = f"{choices['linear'].source} in FP8 ({config.fp8}, {config.fp8_recipe})"
         choices["linear"] = choices["linear"]._replace(source=source)
+    plain, unfused = wanted == "reference", found.pop("softmax")
     mask, attention, source, why = choose_attention(
-        config.attention, wanted == "reference", device, dtype, attention_dropout, head_size, found.pop("softmax")
+        config.attention, plain, device, dtype, attention_dropout, head_size, masks, unfused
     )
     choices["attention"] = Choice("attention", source, why)
     return Chosen(Kernels(**found, head=head, mask=mask, attention=attention), tuple(choices.values()))
 
 
 def _first(
-    operation: str, config: KernelConfig, offers: Callable[[str], Offer], device: torch.device, dtype: torch.dtype
+    operation: str, config: KernelConfig, offers: Callable[[str], Offer], device: torch.device, trial: Trial
 ) -> tuple[Any, Choice]:
     """An operation from the first source that can serve, and what was wrong with those before it."""
     switch = SWITCHES.get(operation)
@@ -150,16 +159,14 @@ def _first(
     order = PREFERENCE[device.type] if config.kernels == "auto" else (config.kernels, "torch", "reference")
     passed_over: list[str] = []
     for source in order:
-        kernel, why = _tried(operation, source, offers(source), device, dtype)
+        kernel, why = _tried(operation, source, offers(source), device, trial)
         if why is None:
             return _plain_gates(kernel, Choice(operation, source, tuple(passed_over)), config)
         passed_over.append(f"{source}: {why}")
     raise AssertionError("the reference offers every operation")
 
 
-def _tried(
-    operation: str, source: str, offer: Offer, device: torch.device, dtype: torch.dtype
-) -> tuple[Any, str | None]:
+def _tried(operation: str, source: str, offer: Offer, device: torch.device, trial: Trial) -> tuple[Any, str | None]:
     """A source's operation, and why it will not do."""
     why = offer.lacks or (None if operation in offer.makers else NOTHING) or offer.op_lacks(operation)
     if why is not None:
@@ -171,7 +178,7 @@ def _tried(
     # A trial of what torch compiles would compile it for shapes that no run has; torch on a CPU is tested enough.
     if source in ("reference", "compile") or (source == "torch" and device.type == "cpu"):
         return kernel, None
-    return kernel, proof.disagreement(operation, kernel, REFERENCE[operation], device, dtype)
+    return kernel, trial(operation, kernel)
 
 
 def _plain_gates(kernel: Any, choice: Choice, config: KernelConfig) -> tuple[Any, Choice]:

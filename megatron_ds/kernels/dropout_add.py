@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 
 def bias_dropout_add(
@@ -39,5 +40,6 @@ class _BiasAdd(torch.autograd.Function):
         return torch.add(x, bias).add_(residual)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return grad, grad.flatten(0, -2).sum(0), grad

@@ -3,9 +3,6 @@ and no matrix of sq x sk is ever made."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import shutil
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -13,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from megatron_ds.kernels import installed
 from megatron_ds.kernels.attention import Attention, Pattern
 from megatron_ds.kernels.mask import Mask, Rule, visible
 
@@ -30,9 +28,7 @@ class FlexMask(NamedTuple):
 
 def can_compile(device: torch.device) -> bool:
     """FlexAttention is worth having only as a kernel, which Triton and a C compiler make for a GPU."""
-    compilers = (os.environ.get("CC"), "cc", "gcc", "clang")
-    has_compiler = any(shutil.which(name) for name in compilers if name)
-    return device.type == "cuda" and has_compiler and importlib.util.find_spec("triton") is not None
+    return device.type == "cuda" and installed.triton().usable
 
 
 def flex_mask(rule: Rule) -> FlexMask | None:
@@ -74,6 +70,11 @@ def through(otherwise: Attention) -> Attention:
         return together
 
     return flex
+
+
+def forget() -> None:
+    """Drop what was compiled for a trial: beside it torch would compile a run's sizes as sizes that change."""
+    torch.compiler.reset()
 
 
 def _for(device: torch.device, function: Callable[..., Any]) -> Callable[..., Any]:

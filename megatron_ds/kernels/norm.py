@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 Tensor = torch.Tensor
 
@@ -19,12 +20,12 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
 
 
 def exact_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """As `layer_norm`, for CPUs: there torch keeps the statistics in the weight's precision, and sums the gradients of
-    weight and bias over rows in x's.
+    """As `layer_norm`, with another way on CPUs: there torch keeps the statistics in the weight's precision, and sums
+    the gradients of weight and bias over rows in x's.
 
     In bf16 that is 2 % off for 512 rows and 5 % for 4096.
     """
-    if x.dtype not in (torch.bfloat16, torch.float16):
+    if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
         return layer_norm(x, weight, bias, eps)
     out: Tensor = _LayerNorm.apply(x, weight, bias, eps)
     return out
@@ -49,6 +50,7 @@ class _LayerNorm(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, deviation = ctx.saved_tensors
         shape, only_x = list(weight.shape), [True, False, False]

@@ -32,6 +32,7 @@ class Make(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     generator: torch.Generator
+    hidden_size: int
 
     def __call__(self, *shape: int, grad: bool = True, dtype: torch.dtype | None = None) -> Tensor:
         """Normal numbers.
@@ -42,16 +43,18 @@ class Make(NamedTuple):
         return values.requires_grad_(grad)
 
 
-def disagreement(operation: str, kernel: Any, reference: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+def disagreement(
+    operation: str, kernel: Any, reference: Any, device: torch.device, dtype: torch.dtype, hidden_size: int = 96
+) -> str | None:
     """What is wrong with a kernel of an operation on this device, None if nothing is."""
     case = CASES[operation]
     # A run's own random numbers are not to depend on what was tried before it.
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
-            found = case(kernel, _make(device, dtype))
+            found = case(kernel, _make(device, dtype, hidden_size))
         except Exception as error:  # other people's code, compilers and drivers: anything may come
             return failure(error)
-        expected = case(reference, _make(device, dtype))
+        expected = case(reference, _make(device, dtype, hidden_size))
     for mine, right in zip(found, expected, strict=True):
         if (mine.shape, mine.dtype) != (right.shape, right.dtype):
             return f"gives {mine.dtype} {list(mine.shape)}, the reference {right.dtype} {list(right.shape)}"
@@ -66,8 +69,8 @@ def failure(error: Exception) -> str:
     return f"fails here: {type(error).__name__}: {(str(error).strip().splitlines() or ['?'])[0]}"
 
 
-def _make(device: torch.device, dtype: torch.dtype) -> Make:
-    return Make(device, dtype, torch.Generator().manual_seed(0))
+def _make(device: torch.device, dtype: torch.dtype, hidden_size: int) -> Make:
+    return Make(device, dtype, torch.Generator().manual_seed(0), hidden_size)
 
 
 def _there_and_back(call: Callable[..., Tensor], *inputs: Any) -> list[Tensor]:
@@ -80,11 +83,20 @@ def _there_and_back(call: Callable[..., Tensor], *inputs: Any) -> list[Tensor]:
 
 
 def _layer_norm(kernel: Any, make: Make) -> list[Tensor]:
-    return _there_and_back(kernel, make(6, 2, 96), make(96), make(96), 1e-5)
+    return _norm(kernel, make, True)
 
 
 def _rms_norm(kernel: Any, make: Make) -> list[Tensor]:
-    return _there_and_back(kernel, make(6, 2, 96), make(96), None, 1e-5)
+    return _norm(kernel, make, False)
+
+
+def _norm(kernel: Any, make: Make, has_bias: bool) -> list[Tensor]:
+    """In the parameters' precision, and all in fp32, as norms of an fp32 residual stream are computed."""
+    h, out = make.hidden_size, []
+    for dtype in dict.fromkeys((make.dtype, torch.float32)):
+        x, weight, bias = make(6, 2, h, dtype=dtype), make(h, dtype=dtype), make(h, dtype=dtype)
+        out += _there_and_back(kernel, x, weight, bias if has_bias else None, 1e-5)
+    return out
 
 
 def _activations(kernel: Mapping[str, Any], make: Make) -> list[Tensor]:
@@ -100,6 +112,8 @@ def _rope(kernel: Any, make: Make) -> list[Tensor]:
 
 def _bias_dropout_add(kernel: Any, make: Make) -> list[Tensor]:
     whole = _there_and_back(kernel, make(6, 2, 96), make(96), make(6, 2, 96), 0.0)
+    # Without a bias: the reference rounds x + bias to x's precision, others need not.
+    whole += _there_and_back(kernel, make(6, 2, 96), None, make(6, 2, 96, dtype=torch.float32), 0.0)
     # What is dropped differs from kernel to kernel; of ones a half is dropped and the rest doubled, there as back.
     ones = make(6, 2, 96).detach().fill_(1).requires_grad_()
     out = kernel(ones, None, torch.zeros_like(ones), 0.5)
@@ -117,36 +131,56 @@ def _cross_entropy(kernel: Any, make: Make) -> list[Tensor]:
 
 
 def _softmax(kernel: Any, make: Make) -> list[Tensor]:
-    return _there_and_back(kernel, make(2, 3, 8, 8), None, 0.5, True)
+    hidden = make(2, 1, 8, 8, grad=False) > 0.5
+    hidden[0, 0, 3] = True  # a query that sees nothing
+    whole = _there_and_back(kernel, make(2, 3, 8, 8), None, 0.5, True)
+    return [*whole, *_there_and_back(kernel, make(2, 3, 8, 8), ~hidden, 0.5, False)]
 
 
 def _adamw(kernel: Any, make: Make) -> list[Tensor]:
-    master, grad, exp_avg, exp_avg_sq = (make(1000, grad=False, dtype=torch.float32) for _ in range(4))
-    half = make.dtype != torch.float32
-    part = Part(master, grad, exp_avg, exp_avg_sq.abs_(), make(1000, grad=False) if half else None)
+    parts = []
+    # bf16 gradients come with a model in bf16 only.
+    for dtype in (torch.float32, torch.bfloat16)[: 1 + (make.dtype == torch.bfloat16)]:
+        master, grad, exp_avg, exp_avg_sq = (make(1000, grad=False, dtype=torch.float32) for _ in range(4))
+        model = None if make.dtype == torch.float32 else make(1000, grad=False)
+        parts.append(Part(master, grad.to(dtype), exp_avg, exp_avg_sq.abs_(), model))
     scalars = torch.tensor([3.0, 0.5], device=make.device)
     options = {"lr": 0.1, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
-    kernel([part], scalars[0], scalars[1], **options)
-    kernel([part._replace(grad=torch.full_like(grad, torch.nan))], scalars[0], scalars[1] * 0, **options)
-    return [t for t in (master, exp_avg, exp_avg_sq, part.model) if t is not None]
+    kernel(parts, scalars[0], scalars[1], **options)
+    spoiled = [part._replace(grad=torch.full_like(part.grad, torch.nan)) for part in parts]
+    kernel(spoiled, scalars[0], scalars[1] * 0, **options)
+    return [t for p in parts for t in (p.master, p.exp_avg, p.exp_avg_sq, p.model) if t is not None]
 
 
 def _linear(kernel: Any, make: Make) -> list[Tensor]:
     x, weight, grad = make(32, 64, grad=False), make(48, 64, grad=False), make(32, 48, grad=False)
     total = make(48, 64, grad=False, dtype=torch.float32)
     kernel.add_grad_weight(total, grad, x)
+    narrow = make(48, 64, grad=False)  # of --grad-reduce-in-bf16
+    kernel.add_grad_weight(narrow, grad, x)
     total = total.to(make.dtype)  # the reference rounds to that before it adds
-    return [total, kernel.forward(x, weight, None), kernel.grad_input(grad, weight), kernel.grad_weight(grad, x)]
+    made = [kernel.forward(x, weight, None), kernel.grad_input(grad, weight), kernel.grad_weight(grad, x)]
+    return [total, narrow, *made]
 
 
 def _attention(kernel: Attending, make: Make) -> list[Tensor]:
+    """Later keys hidden; documents hidden from each other; a bias that is learned, as T5's is."""
     documents = torch.tensor([[0] * 20 + [1] * 28, [0] * 48], device=make.device)
-    out = []
-    for rule in (Rule(48, 48, True), Rule(48, 48, True, None, documents, documents, make.device)):
-        options = kernel.mask(rule), Pattern(), 0.0
-        q, k, v = make(48, 2, 4, kernel.head_size), make(48, 2, 2, kernel.head_size), make(48, 2, 2, kernel.head_size)
-        out += _there_and_back(kernel.attention, q, k, v, *options)
-    return out
+    out = _causal_attention(kernel, make)
+    mask = kernel.mask(Rule(48, 48, True, None, documents, documents, make.device))
+    out += _there_and_back(kernel.attention, *_heads(kernel, make, 2), mask, Pattern(), 0.0)
+    bias = make(1, 4, 48, 48)
+    return out + _there_and_back(kernel.attention, *_heads(kernel, make, 4), bias, Pattern(False), 0.0)
+
+
+def _causal_attention(kernel: Attending, make: Make) -> list[Tensor]:
+    mask = kernel.mask(Rule(48, 48, True))
+    return _there_and_back(kernel.attention, *_heads(kernel, make, 2), mask, Pattern(), 0.0)
+
+
+def _heads(kernel: Attending, make: Make, shared: int) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (make(48, 2, heads, kernel.head_size) for heads in (4, shared, shared))
+    return q, k, v
 
 
 CASES: Mapping[str, Callable[[Any, Make], list[Tensor]]] = MappingProxyType(
@@ -161,5 +195,6 @@ CASES: Mapping[str, Callable[[Any, Make], list[Tensor]]] = MappingProxyType(
         "adamw": _adamw,
         "linear": _linear,
         "attention": _attention,
+        "causal attention": _causal_attention,
     }
 )

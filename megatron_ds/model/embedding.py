@@ -76,7 +76,7 @@ class _Lookup(torch.autograd.Function):
         return F.embedding(ids, weight)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, ...]:
         ids, weight = ctx.saved_tensors
         ctx.main.accumulate_rows(weight, ids.reshape(-1), grad.reshape(-1, grad.shape[-1]), ctx.more)

@@ -22,6 +22,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_ds.data.batch import blank_batch
+from megatron_ds.kernels import activation, cross_entropy, norm
 from megatron_ds.kernels.attention import Pattern, torch_attention
 from megatron_ds.kernels.mask import Rule
 from megatron_ds.kernels.table import Kernels
@@ -168,7 +169,15 @@ def most_live(order: Sequence[Kind]) -> int:
 
 def _paper_run(run: Run, rank: int) -> Run:
     """The run as that rank would see it, without memory and without other ranks."""
-    on_gpu = Kernels(attention=_flash, bias_dropout_add=_bias_dropout_add)
+    # Triton's kernels keep what these keep. Of plain torch SwiGLU would keep a product more, and cross-entropy copy all
+    # logits in fp32.
+    on_gpu = Kernels(
+        layer_norm=norm.layer_norm,
+        activations={**activation.FUSED, "gelu_tanh": activation.gelu_tanh},
+        attention=_flash,
+        bias_dropout_add=_bias_dropout_add,
+        cross_entropy=cross_entropy.BY_BLOCKS,
+    )
     if not run.config.model.attention_dropout:
         on_gpu = dataclasses.replace(on_gpu, mask=_no_mask)
     return dataclasses.replace(

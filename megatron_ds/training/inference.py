@@ -27,6 +27,8 @@ from megatron_ds.cli import arg
 from megatron_ds.data.config import TokenizerConfig
 from megatron_ds.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_ds.errors import ConfigError, ConfigErrors, UserError
+from megatron_ds.kernels.choose import choose
+from megatron_ds.kernels.config import KernelConfig
 from megatron_ds.kernels.products import Products
 from megatron_ds.model.chunk import Lengths, ModelChunk
 from megatron_ds.model.config import TransformerConfig
@@ -166,7 +168,8 @@ def _load(index: Index, parallel: ParallelContext, device: torch.device, fp32: b
     state, config, tp = index.state, stored_model(index), parallel.tp
     vocab, lengths = Vocab(state["vocab_size"], pad_vocabulary(state["vocab_size"], tp.size)), _lengths(state)
     dtype = torch.float32 if fp32 else DTYPES.get(state["dtype"], torch.float32)
-    kernels = choose(KernelConfig(), device, dtype, head_size=config.head_size).kernels
+    width = config.hidden_size or 96
+    kernels = choose(KernelConfig(), device, dtype, head_size=config.head_size, hidden_size=width).kernels
     runtime = Runtime(Sharding(tp), kernels, DropoutStreams(0, device_type=device.type))
     positions = state["max_positions"]
     cut = ParallelConfig(pipeline_model_parallel_size=parallel.pp.size, pp_partition_method="uniform")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -10,12 +11,13 @@ import torch
 
 from megatron_ds.config import Config
 from megatron_ds.data.tokenizer import Tokenizer
-from megatron_ds.errors import DataError
+from megatron_ds.errors import ConfigError, DataError
 from megatron_ds.kernels.choose import Chosen, choose
 from megatron_ds.kernels.table import Kernels
 from megatron_ds.model.chunk import ModelChunk, Stage
 from megatron_ds.model.runtime import Runtime, WeightGrads
-from megatron_ds.parallel.context import ParallelContext, Sharding
+from megatron_ds.parallel.collectives import gather_bytes
+from megatron_ds.parallel.context import Axis, ParallelContext, Sharding
 from megatron_ds.parallel.rng import DropoutStreams
 from megatron_ds.pipeline.executor import ForwardStep, Loss
 from megatron_ds.plan import Plan, SampleCounts
@@ -84,8 +86,36 @@ def chosen_kernels(config: Config, device: torch.device) -> Chosen:
     Raises: ConfigError if what was asked for by name is not to be had here
     """
     model = config.model
-    dropout, head = model.attention_dropout, model.head_size
-    return choose(config.kernels, device, dtype_of(config), attention_dropout=dropout, head_size=head)
+    return choose(
+        config.kernels,
+        device,
+        dtype_of(config),
+        attention_dropout=model.attention_dropout,
+        head_size=model.head_size,
+        hidden_size=model.hidden_size or 96,
+        masks=model.model_type != "GPT" or model.window_size is not None or config.data.reset_attention_mask,
+    )
+
+
+def agree_on_kernels(chosen: Chosen, world: Axis) -> None:
+    """Every rank tried kernels for itself; others would draw other dropout masks, where ranks have to draw the same.
+
+    Comm:   gathers a few bytes over the world
+    Raises: ConfigError on every rank if they differ
+    """
+    mine = {choice.operation: (choice.source, choice.why) for choice in chosen.choices}
+    first, *others = (json.loads(raw) for raw in gather_bytes(json.dumps(mine).encode(), world))
+    for rank, found in enumerate(others, 1):
+        for operation, (source, why) in found.items():
+            expected, instead = first[operation]
+            if source != expected:
+                reasons = "; ".join(sorted({*why} ^ {*instead}))
+                raise ConfigError(
+                    "--kernels",
+                    f"{operation} from {expected} on rank 0, from {source} on rank {rank} ({reasons})",
+                    "the same kernels on all ranks",
+                    "--kernels reference, or mend the rank: tools/doctor.py shows what it has",
+                )
 
 
 class Datasets(Protocol):

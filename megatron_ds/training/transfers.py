@@ -81,7 +81,7 @@ class Microbatches(Sequence[Microbatch]):
 
 @cache
 def _copying(device: torch.device) -> torch.cuda.Stream:
-    """The one stream of copies to a device: memory that was allocated on another could not be used again on it."""
+    """The one stream of copies to a device: freed memory is used again on the stream that it was made on, only."""
     return torch.cuda.Stream(device)
 
 

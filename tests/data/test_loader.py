@@ -36,7 +36,7 @@ class Rows:
         return np.arange(row, row + 3)
 
 
-def loader(rows: Rows, workers: int, consumed: int = 0, rank: int = 0) -> MicrobatchLoader:
+def loader(rows: Rows, workers: int, consumed: int = 0, rank: int = 0, device: str = "cpu") -> MicrobatchLoader:
     return MicrobatchLoader(
         rows,
         consumed_samples=consumed,
@@ -45,6 +45,7 @@ def loader(rows: Rows, workers: int, consumed: int = 0, rank: int = 0) -> Microb
         dp_size=2,
         collate=collate_for("GPT", DataConfig(), None),
         num_workers=workers,
+        device=torch.device(device),
     )
 
 
@@ -188,24 +189,26 @@ def test_reads_ahead_but_not_everything() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_are_pinned_where_they_are_read(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the threads, if there are any; and only if a device wants it."""
+@pytest.mark.parametrize("device", ["cpu", "cuda:1"])
+def test_batches_are_pinned_where_they_are_read(device: str, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the threads, if there are any, each on the GPU of the run; and only if there is one."""
     pinned_by: list[str] = []
+    current: dict[str, torch.device] = {}
 
     def pinned(self: GPTBatch) -> GPTBatch:
         pinned_by.append(threading.current_thread().name)
         return self
 
+    def set_device(device: torch.device) -> None:
+        current[threading.current_thread().name] = device
+
     monkeypatch.setattr(GPTBatch, "pinned", pinned)
-    batches = loader(Rows(100), workers)
-    batches.pins = True
-    next(batches)
-    next(batches)
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    batches = loader(Rows(100), workers, device=device)
+    assert [next(batches).tokens[0, 0].item() for _ in range(2)] == [0, 4]
     batches.close()
-    assert len(pinned_by) >= 2
-    assert all(name.startswith("data") == bool(workers) for name in pinned_by)
-    del pinned_by[:]
-    batches = loader(Rows(100), workers)
-    next(batches)
-    batches.close()
-    assert not pinned_by
+    if device == "cpu":
+        assert not pinned_by and not current
+        return
+    assert len(pinned_by) >= 2 and all(name.startswith("data") == bool(workers) for name in pinned_by)
+    assert current == (dict.fromkeys(pinned_by, torch.device(device)) if workers else {})

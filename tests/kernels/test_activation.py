@@ -87,6 +87,23 @@ def test_far_from_zero(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*GATES, *PLAIN])
+def test_blocks_are_for_cpus_only(name: str) -> None:
+    """The table's defaults serve any device."""
+    x = torch.empty(4, 2, 6, device="meta", requires_grad=True)
+    out = FUSED[name](x, torch.empty(6, device="meta"))
+    assert out.device.type == "meta" and out.shape == (4, 2, 3 if name in GATES else 6)
+    assert "_GeluTanh" not in type(out.grad_fn).__name__
+
+
+@pytest.mark.parametrize("name", ["gelu_tanh", "swiglu"])
+def test_a_second_derivative_is_refused(name: str) -> None:
+    x = normal(4, 2, 6).float().requires_grad_()
+    (grad,) = torch.autograd.grad(FUSED[name](x, None).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("name", [*GATES, *PLAIN])
 def test_nothing_is_kept_where_no_gradient_is_wanted(name: str) -> None:
     x = normal(4, 2, 6).float()
     with torch.no_grad():

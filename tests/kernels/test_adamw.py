@@ -90,4 +90,30 @@ def test_slices_of_one_buffer(kernel: AdamW) -> None:
 @BOTH
 def test_nothing_to_do(kernel: AdamW) -> None:
     kernel([], torch.tensor(1.0), torch.tensor(1.0), **OPTIONS)
-    kernel([part_of(normal(0), torch.bfloat16)], torch.tensor(1.0), torch.tensor(1.0), **OPTIONS)
+    for model in (torch.bfloat16, None):
+        kernel([part_of(normal(0), model)], torch.tensor(1.0), torch.tensor(1.0), **OPTIONS)
+
+
+def test_beside_a_cpu_all_parts_are_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for gradients in bf16, whose copies in fp32 are not all to be there at once."""
+    updated: list[int] = []
+    copied: list[int] = []
+
+    def update(masters: list[Tensor], *lists: list[Tensor], **options: object) -> None:
+        assert {len(one) for one in lists if one} == {len(masters)}
+        assert all(t.dtype == torch.float32 for one in (masters, *lists) for t in one)
+        updated.append(len(masters))
+
+    monkeypatch.setattr(torch, "_fused_adamw_", update)
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda to, of: copied.append(len(list(zip(to, of, strict=True)))))
+    models = (torch.bfloat16, None, torch.float16, torch.bfloat16)
+    parts = [part_of(torch.empty(n, device="meta"), model) for n, model in zip(SIZES, models, strict=True)]
+    scalar = torch.empty((), device="meta")
+    adamw.fused(parts, scalar, scalar, **OPTIONS)
+    assert (updated, copied) == ([4], [3])
+    for narrow in (1, 2):
+        parts[narrow] = parts[narrow]._replace(grad=parts[narrow].grad.bfloat16())
+    adamw.fused(parts, scalar, scalar, **OPTIONS)
+    assert (updated, copied) == ([4, 1, 1, 2], [3, 1, 2])
+    adamw.fused([], scalar, scalar, **OPTIONS)
+    assert len(updated) == 4

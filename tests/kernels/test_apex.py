@@ -131,6 +131,10 @@ def test_add_product(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> Non
     apex.add_product(total, grad, x)
     close(total, before.double() + torch.einsum("no,ni->oi", grad.double(), x.double()))
     apex.add_product(total, grad[:0], x[:0])
+    narrow = before.to(dtype if dtype != torch.float32 else torch.bfloat16)  # --grad-reduce-in-bf16
+    expected = narrow.double() + torch.einsum("no,ni->oi", grad.double(), x.double())
+    apex.add_product(narrow, grad, x)
+    close(narrow, expected)
 
 
 def unexpected(*_: object) -> torch.Tensor:

@@ -162,6 +162,40 @@ def test_dropout_hides_a_share_of_the_keys(name: str) -> None:
     assert torch.allclose(out, kept / 0.75, atol=1e-5) and abs(kept.float().mean() - 0.75) < 0.03
 
 
+def test_fp16_scores_that_overflow_unless_queries_are_scaled_first() -> None:
+    """q k^T is 40 * 40 * 64 = 102400, more than fp16 holds; times 1/8 it is 12800."""
+    v = normal(3, 1, 1, 64)
+    q, k = torch.full((3, 1, 1, 64), 40.0), torch.full((3, 1, 1, 64), 40.0)
+    k[1] = 39.98
+    for mask in (None, torch.zeros(1, 1, 3, 3)):
+        compare(
+            lambda q, k, v: ATTENTIONS["unfused"](q, k, v, mask, Pattern(False), 0.0),  # noqa: B023
+            lambda q, k, v: by_definition(q, k, v, lambda n, i, j: True),
+            [q.double(), k.double(), v],
+            torch.float16,
+            slack=16,
+        )
+
+
+@pytest.mark.parametrize("call", [torch_attention, by_backends([SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH])])
+def test_a_mask_that_is_learned_is_given_to_backends_with_a_gradient_of_it(
+    call: Attention, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda, seen = torch.backends.cuda, list[tuple[bool, ...]]()
+
+    def look(q: torch.Tensor, *rest: object, **options: object) -> torch.Tensor:
+        seen.append((cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()))
+        seen.append((cuda.cudnn_sdp_enabled(), cuda.flash_sdp_enabled()))
+        return q
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", look)
+    q, mask = torch.randn(5, 1, 2, 4), torch.zeros(1, 2, 5, 5)
+    call(q, q, q, mask.clone().requires_grad_(), Pattern(), 0.0)
+    assert seen == [(True, True), (False, False)]
+    call(q, q, q, mask, Pattern(), 0.0)
+    assert seen[3][0], "cuDNN's for others"
+
+
 def test_no_mask_where_a_flag_says_it_all() -> None:
     assert visible(Rule(5, 5, causal=True)) is None
     assert visible(Rule(5, 5, causal=True, window=4)) is None

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_ds.config import parse
 from megatron_ds.errors import EXIT_CONFIG, ConfigError
 from megatron_ds.kernels import activation, attention, choose, flex, installed, liger
 from megatron_ds.kernels.choose import OPERATIONS, REFERENCE, Choice, Chosen, Offer
 from megatron_ds.kernels.config import KernelConfig
 from megatron_ds.kernels.installed import Package
 from megatron_ds.kernels.table import Kernels
+from megatron_ds.training.run import chosen_kernels
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 FIELDS = [name for name in OPERATIONS if name != "softmax"]
@@ -216,6 +218,36 @@ def test_on_a_gpu_torchs_own_operations_are_tried_too(monkeypatch: pytest.Monkey
     assert chosen.kernels.linear is REFERENCE["linear"] and sources(chosen)["linear"] == "reference"
     assert chosen.kernels.activations == activation.REFERENCE, "blocks for the cache are for CPUs"
     assert "   passed over: torch: this addmm has no out_dtype" in chosen.lines()
+
+
+@pytest.mark.parametrize(
+    ("flags", "model_type", "masks"),
+    [
+        ("", "GPT", False),
+        ("--window-size 0", "GPT", True),
+        ("--reset-attention-mask", "GPT", True),
+        ("", "BERT", True),
+        ("", "T5", True),
+    ],
+)
+def test_a_run_says_how_wide_it_is_and_whether_it_has_masks(
+    flags: str, model_type: str, masks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, asked = set[int](), []
+
+    def disagreement(operation: str, kernel: Any, reference: Any, device: Any, dtype: Any, hidden_size: int) -> None:
+        sizes.add(hidden_size)
+
+    def attention_of(*arguments: Any) -> Any:
+        asked.append(arguments)
+        return None, None, "nowhere", ()
+
+    plant(monkeypatch, ours=Offer({name: maker(kernel) for name, kernel in wrapped().items()}))
+    monkeypatch.setattr(choose.proof, "disagreement", disagreement)
+    monkeypatch.setattr(choose, "choose_attention", attention_of)
+    argv = f"--num-layers 1 --hidden-size 48 --num-attention-heads 4 {flags}".split()
+    chosen_kernels(parse(argv, {"model_type": model_type}), CPU)
+    assert sizes == {48} and asked[0][5:7] == (12, masks)
 
 
 def test_fp8_wraps_linear_layers_and_not_the_head() -> None:

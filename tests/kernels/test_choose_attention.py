@@ -9,14 +9,16 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from megatron_ds.errors import EXIT_CONFIG, ConfigError
-from megatron_ds.kernels import attention, choose_attention, flash_attn, flex, proof
+from megatron_ds.kernels import attention, choose_attention, flash_attn, flex, installed, proof
 from megatron_ds.kernels.choose_attention import Found
 from megatron_ds.kernels.config import AttentionBackend, KernelConfig
+from megatron_ds.kernels.installed import Package
 from megatron_ds.kernels.mask import visible
 from megatron_ds.kernels.softmax import softmax
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BF16, FP32 = torch.bfloat16, torch.float32
+FOUR = "cudnn flash efficient math"
 AMPERE, ADA, HOPPER, BLACKWELL = (8, 0), (8, 9), (9, 0), (10, 0)
 
 
@@ -27,8 +29,9 @@ def choose(
     dtype: torch.dtype = BF16,
     dropout: float = 0.0,
     head_size: int = 128,
+    masks: bool = True,
 ) -> Found:
-    return choose_attention.choose_attention(asked, plain, device, dtype, dropout, head_size, softmax)
+    return choose_attention.choose_attention(asked, plain, device, dtype, dropout, head_size, masks, softmax)
 
 
 class Gpu:
@@ -38,6 +41,10 @@ class Gpu:
         self.capability, self.versions, self.compiles = HOPPER, set[int](), True
         self.fails: dict[str, str] = {}
         """By the name of what is tried."""
+        self.tried: list[tuple[str, str]] = []
+        """Case and name, and each time that something compiled was forgotten."""
+        monkeypatch.setattr(installed, "triton", lambda: Package("triton", "3", False, "no C compiler"))
+        monkeypatch.setattr(flex, "forget", lambda: self.tried.append(("", "forgotten")))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: self.capability)
         monkeypatch.setattr(flex, "can_compile", lambda device: self.compiles)
         monkeypatch.setattr(
@@ -62,9 +69,10 @@ class Gpu:
         return flash_attn.FlashAttention(call, call, version == 2, mask, other)
 
     def trial(self, operation: str, kernel: Any, reference: Any, device: torch.device, dtype: torch.dtype) -> Any:
-        assert operation == "attention" and reference.attention is attention.torch_attention
+        assert reference.attention is attention.torch_attention
         owner = getattr(kernel.attention, "__self__", None)
-        name = owner.dense.__name__ if owner else kernel.attention.__name__.split()[0]
+        name = owner.dense.__name__ if owner else kernel.attention.__name__
+        self.tried.append((operation, name))
         return self.fails.get(name)
 
 
@@ -136,7 +144,7 @@ def test_on_gpus(
     else:
         assert (call.__name__, mask) == (expected, visible)
         assert source == f"torch SDPA, {expected.split()[0]}_attention first"
-    assert "FlexAttention: needs Triton and a C compiler" in why
+    assert "FlexAttention: no C compiler" in why
 
 
 def test_masks_go_through_flex_attention(gpu: Gpu) -> None:
@@ -146,6 +154,54 @@ def test_masks_go_through_flex_attention(gpu: Gpu) -> None:
     assert why == ("flash-attn 3: no version 3",)
     mask, _, source, why = choose(device=CUDA, dropout=0.1)
     assert mask is visible and "Flex" not in source and why[0] == "FlexAttention: has no dropout"
+    assert gpu.tried.count(("attention", "flex")) == 1
+    mask, _, source, why = choose(device=CUDA, masks=False)
+    assert mask is visible and "Flex" not in str((source, why))
+    assert gpu.tried.count(("attention", "flex")) == 1, "a compilation for nothing"
+
+
+def test_flex_attention_is_tried_and_what_that_compiled_forgotten(gpu: Gpu) -> None:
+    choose(device=CUDA)
+    assert gpu.tried[-2:] == [("attention", "flex"), ("", "forgotten")]
+    gpu.fails = {"flex": "fails here: no headers"}
+    mask, call, source, why = choose(device=CUDA)
+    assert gpu.tried[-2:] == [("attention", "flex"), ("", "forgotten")]
+    assert (mask, call.__name__, source) == (visible, FOUR, "torch SDPA, cudnn_attention first")
+    assert why[0] == "FlexAttention: fails here: no headers"
+
+
+def test_a_backend_is_tried_alone_and_with_those_that_take_its_masks(gpu: Gpu) -> None:
+    choose("fused", device=CUDA, masks=False)
+    assert gpu.tried == [("causal attention", "cudnn"), ("attention", "cudnn efficient math")]
+    gpu.fails = {"cudnn efficient math": "disagrees here"}
+    assert choose(device=CUDA)[2].startswith("torch SDPA, flash_attention first")
+
+
+@pytest.mark.parametrize(
+    ("asked", "fails", "versions", "options", "said"),
+    [
+        ("flash", "flash", (), {}, "flash_attention: broken; flash-attn 3: no version 3; flash-attn 2: no version 2"),
+        ("flash", "flash", (2,), {"head_size": 512}, "flash_attention: broken; .*heads of 512"),
+        ("flash", "", (2,), {"dtype": FP32}, "flash in torch.float32; .*flash-attn has no torch.float32"),
+        ("fused", "cudnn", (2, 3), {}, "fused in torch.bfloat16; cudnn_attention: broken"),
+    ],
+)
+def test_what_is_asked_for_by_name_is_not_replaced(
+    gpu: Gpu, asked: AttentionBackend, fails: str, versions: Any, options: dict[str, Any], said: str
+) -> None:
+    gpu.fails, gpu.versions = {fails: "broken"}, set(versions)
+    with pytest.raises(ConfigError, match=rf"(?s)--attention-backend.*{said}") as caught:
+        choose(asked, device=CUDA, **options)
+    assert caught.value.exit_code == EXIT_CONFIG and "FlexAttention" not in str(caught.value)
+    if fails == "flash" and not options:
+        gpu.versions = {3}
+        assert choose(asked, device=CUDA)[2] == "flash-attn 3"
+
+
+def test_flex_attention_can_be_compiled_where_triton_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    for usable in (True, False):
+        monkeypatch.setattr(installed, "triton", lambda usable=usable: Package("triton", "3", usable, ""))
+        assert flex.can_compile(CUDA) == usable and not flex.can_compile(CPU)
 
 
 def test_flash_attn_leaves_what_it_cannot_say_to_flex_attention(gpu: Gpu) -> None:

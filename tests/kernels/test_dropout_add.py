@@ -64,6 +64,13 @@ def test_dropout(call: Call, dtype: torch.dtype) -> None:
     )
 
 
+def test_a_second_derivative_is_refused() -> None:
+    x, bias = torch.randn(2, 3, 4).requires_grad_(), torch.randn(4)
+    (grad,) = torch.autograd.grad(fused_bias_dropout_add(x, bias, x, 0.0).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 @BOTH
 def test_gradients_of_leaves_share_no_memory(call: Call) -> None:
     x, residual = (torch.randn(2, 3, 4).requires_grad_() for _ in range(2))

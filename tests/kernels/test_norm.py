@@ -59,6 +59,21 @@ def test_gradients_of_many_rows_are_summed_in_fp32(dtype: torch.dtype) -> None:
         assert error < torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_second_derivative_is_refused(dtype: torch.dtype) -> None:
+    x, weight = normal(4, 1, 8).to(dtype).requires_grad_(), normal(8).to(dtype)
+    (grad,) = torch.autograd.grad(exact_layer_norm(x, weight, None, EPS).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize(("device", "node"), [("cpu", "_LayerNorm"), ("meta", "NativeLayerNorm")])
+def test_another_way_is_for_cpus_only(device: str, node: str) -> None:
+    x, weight = (torch.empty(*shape, 8, device=device, dtype=torch.bfloat16) for shape in ((4, 1), ()))
+    out = exact_layer_norm(x.requires_grad_(), weight, None, EPS)
+    assert type(out.grad_fn).__name__.startswith(node)
+
+
 @pytest.mark.parametrize("call", [layer_norm, exact_layer_norm], ids=["plain", "exact"])
 def test_rows_far_from_zero(call: Callable[..., Tensor]) -> None:
     """A mean of a thousand deviations, as large as fp32 bears."""

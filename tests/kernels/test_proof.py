@@ -29,7 +29,7 @@ def test_torchs_own_pass(operation: str, dtype: torch.dtype) -> None:
 
 
 def test_every_operation_has_a_case() -> None:
-    assert set(proof.CASES) == {*OPERATIONS, "attention"} and set(REFERENCE) == set(OPERATIONS)
+    assert set(proof.CASES) == {*OPERATIONS, "attention", "causal attention"} and set(REFERENCE) == set(OPERATIONS)
 
 
 class Off(torch.autograd.Function):
@@ -161,6 +161,74 @@ def test_attention_is_tried_with_and_without_documents(dtype: torch.dtype) -> No
     assert tried(visible, attention) is None
     assert tried(lambda rule: None, attention) is not None, "documents are not told apart"
     assert tried(visible, lambda q, k, v, mask, pattern, p: attention(q, k, v, mask, pattern._replace(scale=0.1), p))
+    plain = Attending(lambda rule: None, attention, 24)
+    assert proof.disagreement("causal attention", plain, right, CPU, dtype) is None
+
+
+def test_attention_is_tried_with_a_bias_that_is_learned() -> None:
+    right = Attending(visible, torch_attention, 24)
+
+    def tried(change: Callable[[Tensor], Tensor]) -> str | None:
+        def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: Any) -> Tensor:
+            learned = mask is not None and mask.requires_grad
+            return attention(q, k, v, change(mask) if learned else mask, *rest)
+
+        return proof.disagreement("attention", Attending(visible, call, 24), right, CPU, torch.float32)
+
+    assert tried(lambda mask: mask * 1) is None
+    assert (tried(Off.apply) or "").startswith("disagrees here"), "its gradient"
+    assert (tried(lambda mask: mask.detach()) or "").startswith("fails here"), "no gradient, as cuDNN has none"
+
+
+def spoiled_where(wrong: Callable[..., bool], operation: str) -> Any:
+    """The reference, a little off for some inputs."""
+    true = REFERENCE[operation]
+    return lambda *inputs: true(*inputs) * (1.2 if wrong(*inputs) else 1.0)
+
+
+@pytest.mark.parametrize("operation", ["layer_norm", "rms_norm"])
+def test_norms_are_tried_at_the_runs_size_and_on_an_fp32_residual(operation: str) -> None:
+    half = torch.bfloat16
+    wide = spoiled_where(lambda x, weight, bias, eps: x.dtype == weight.dtype == torch.float32, operation)
+    assert (verdict(operation, wide, half) or "").startswith("disagrees here")
+    broad = spoiled_where(lambda x, weight, bias, eps: x.shape[-1] == len(weight) == 513, operation)
+    assert verdict(operation, broad, half) is None
+    assert proof.disagreement(operation, broad, REFERENCE[operation], CPU, half, 513) is not None
+
+
+def test_softmax_is_tried_with_a_mask() -> None:
+    masked = spoiled_where(lambda scores, mask, scale, causal: mask is not None, "softmax")
+    assert (verdict("softmax", masked) or "").startswith("disagrees here")
+
+    def unseen(scores: Tensor, mask: Tensor | None, scale: float, causal: bool) -> Tensor:
+        out = REFERENCE["softmax"](scores, mask, scale, causal)
+        return out if mask is None else torch.where(mask.any(-1, keepdim=True), out, 1 / scores.shape[-1])
+
+    assert (verdict("softmax", unseen) or "").startswith("disagrees here"), "queries that see nothing"
+
+
+def test_branches_are_tried_beside_an_fp32_residual() -> None:
+    def kernel(x: Tensor, bias: Tensor | None, residual: Tensor, dropout: float) -> Tensor:
+        return REFERENCE["bias_dropout_add"](x, bias, residual, dropout).to(x.dtype)
+
+    assert (verdict("bias_dropout_add", kernel, torch.bfloat16) or "").startswith("gives torch.bfloat16")
+
+
+def test_bf16_totals_and_gradients_are_tried_in_a_bf16_run() -> None:
+    """Of --grad-reduce-in-bf16; in no other run, where a kernel may have none."""
+
+    def add(total: Tensor, grad: Tensor, x: Tensor) -> None:
+        assert total.dtype == torch.float32
+        total += grad.float().t() @ x.float()
+
+    def step(parts: Any, *scalars: Tensor, **options: Any) -> None:
+        assert all(part.grad.dtype == torch.float32 for part in parts)
+        adamw.reference(parts, *scalars, **options)
+
+    for operation, kernel in (("linear", REFERENCE["linear"]._replace(add_grad_weight=add)), ("adamw", step)):
+        assert verdict(operation, kernel, torch.float32) is None
+        assert (verdict(operation, kernel, torch.bfloat16) or "").startswith("fails here: AssertionError")
+    assert verdict("adamw", step, torch.float16) is None
 
 
 def test_a_run_draws_the_same_numbers_after_a_trial() -> None:

@@ -225,6 +225,9 @@ T5_TABLE = """
 tp  sp  pp  split  schedule     dp  zero  recompute  kind      layers  lengths  vocab   mask
 1   -   1   -      1f1b         1   0     -          megatron  2+2     32+16    padded  full
 1   -   1   -      gpipe        2   2     selective  1.0       3+2     16+32    exact   uneven
+1   -   1   -      1f1b         2   0     -          megatron  2+2     32+16    padded  uneven
+1   -   1   -      1f1b         2   1     uniform    megatron  2+2     32+16    exact   uneven
+1   -   1   -      1f1b         2   2     -          megatron  2+2     32+16    padded  uneven
 2   -   1   -      1f1b         1   0     -          1.0       2+2     32+16    padded  uneven
 2   sp  1   -      zbh1         1   1     selective  megatron  2+2     32+16    exact   uneven
 4   sp  1   -      1f1b         1   0     uniform    1.1       1+2     32+16    padded  uneven

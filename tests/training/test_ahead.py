@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 
 from megatron_ds.data.loader import MicrobatchLoader
 from megatron_ds.errors import DataError
+from megatron_ds.optim.buckets import Buckets
 from megatron_ds.training import loop, step
 from megatron_ds.training.loop import steps_ahead
 from tests.helpers.ranks import RankFailed, run_ranks
@@ -87,6 +89,39 @@ def test_exit_interval_and_resume(data: str, tmp_path: Path, monkeypatch: pytest
     assert metrics(tmp_path / "1")[-1]["iteration"] == 7
     assert run(flags(data, tmp_path / "1")).code == 0
     assert untimed(metrics(tmp_path / "1")) == untimed(metrics(tmp_path / "0"))
+    assert weights(tmp_path / "1", 10) == weights(tmp_path / "0", 10)
+
+
+def test_resume_after_a_skipped_step(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the fourth is on its way nobody knows yet that it changes nothing; the fifth starts behind it all the same.
+
+    Updates, by which Adam corrects its moments, are then one less than steps: on the device, in the checkpoint, and in
+    the run that goes on from there.
+    """
+    run_ahead(monkeypatch, 1)
+    updates: list[tuple[int, int, float]] = []
+    save, wait, waited = loop.save_checkpoint, Buckets.wait, []
+
+    def saved(engine: Any, progress: Any) -> None:
+        updates.append((progress.iteration, progress.optimizer_steps, engine.optimizer.steps.item()))
+        save(engine, progress)
+
+    def spoilt(self: Buckets) -> None:
+        wait(self)
+        waited.append(1)
+        if len(waited) == 4:
+            next(iter(self)).shard_grads[3] = math.nan
+
+    monkeypatch.setattr(loop, "save_checkpoint", saved)
+    monkeypatch.setattr(Buckets, "wait", spoilt)
+    changes: dict[str, Value] = {"save_interval": 6, "bf16": True, "eval_interval": 100}
+    assert run(flags(data, tmp_path / "0", **changes)).code == 0
+    assert [row["skipped"] for row in metrics(tmp_path / "0") if "lm loss" in row] == [i == 4 for i in range(1, 11)]
+    assert updates == [(6, 5, 5.0), (10, 9, 9.0)]
+    shutil.copytree(tmp_path / "0/saved/iter_0000006", tmp_path / "1/saved/iter_0000006")
+    again = run(flags(data, tmp_path / "1", **changes))
+    assert again.code == 0 and "at iteration 6" in again.out, again.err
+    assert updates[2:] == [(10, 9, 9.0)] and len(waited) == 14
     assert weights(tmp_path / "1", 10) == weights(tmp_path / "0", 10)
 
 

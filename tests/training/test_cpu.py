@@ -10,7 +10,8 @@ import pytest
 
 from tests.house.source import ROOT
 
-CORES = len(os.sched_getaffinity(0))
+CORES = 16
+ON_CORES = f"cpu.os.sched_getaffinity = lambda _: range({CORES})\n"
 
 
 def said(code: str, **environment: str) -> str:
@@ -28,10 +29,23 @@ def said(code: str, **environment: str) -> str:
         ("None", {"LOCAL_WORLD_SIZE": str(2 * CORES)}, 1),
         ("None", {"OMP_NUM_THREADS": "1"}, 1),
         ("2", {"OMP_NUM_THREADS": "1"}, 2),
+        # torchrun sets 1 itself, but not for a single rank
+        ("None", {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "2"}, 8),
+        ("1", {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "2"}, 1),
+        ("None", {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "1"}, 1),
+        ("None", {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2"}, 1),
     ],
 )
 def test_threads_are_those_asked_for_or_a_fair_share(asked: str, environment: dict[str, str], threads: int) -> None:
-    assert f"threads per rank: {threads}" in said(f"print(cpu.prepare({asked}))", **environment)
+    assert f"threads per rank: {threads}" in said(f"{ON_CORES}print(cpu.prepare({asked}))", **environment)
+
+
+def test_what_torchrun_cannot_have_set_rules() -> None:
+    """As far as torch follows it: with MKL it takes no more than the machine has cores."""
+    torchrun = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "2"}
+    own = said("import torch; print(torch.get_num_threads())", OMP_NUM_THREADS="2")
+    assert own in ("1", "2")
+    assert f"threads per rank: {own}" in said(f"{ON_CORES}print(cpu.prepare(None))", OMP_NUM_THREADS="2", **torchrun)
 
 
 FAULTS = """

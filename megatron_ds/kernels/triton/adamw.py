@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 import triton.language as tl
+from torch.autograd.graph import increment_version
 
 from megatron_ds.kernels.adamw import Part
 from megatron_ds.kernels.triton.launch import ELEMENTS, jit
@@ -45,6 +46,8 @@ def adamw(
                 *part, rates, scale, n, 1 - lr * weight_decay, beta1, 1 - beta1, beta2, 1 - beta2, eps,
                 BLOCK=ELEMENTS, num_warps=4,
             )  # fmt: skip
+    # As torch's own operators in place do: autograd is to notice.
+    increment_version([t for p in parts for t in (p.master, p.exp_avg, p.exp_avg_sq, p.model) if t is not None])
 
 
 @jit

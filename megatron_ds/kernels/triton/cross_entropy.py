@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.graph import increment_version
 
 from megatron_ds.kernels.triton.launch import jit
 
@@ -49,6 +50,7 @@ def gradient(
             logits, column.contiguous(), log_total.contiguous(), upstream.contiguous(), w, valid, logits.stride(0),
             BLOCK=block, num_warps=8,
         )  # fmt: skip
+        increment_version(logits)  # as torch's own operators in place do: autograd is to notice
     return logits
 
 

@@ -63,6 +63,15 @@ def test_neighbours_in_a_flat_buffer_are_left_alone() -> None:
     assert not torch.equal(master, before[0, 3:17])
 
 
+def test_autograd_notices() -> None:
+    master, grad, m, v = (normal(8, seed=seed).abs_() for seed in range(4))
+    one, model = torch.ones((), device=DEVICE), normal(8).bfloat16().requires_grad_()
+    kept = (model * model).sum()
+    adamw([Part(master, grad, m, v, model.detach())], one, one, beta1=0.9, beta2=0.99, **HYPER)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        kept.backward()
+
+
 @pytest.mark.parametrize("model", [None, torch.bfloat16], ids=["alone", "bf16"])
 def test_a_scale_of_zero_changes_nothing(model: torch.dtype | None) -> None:
     master, m, v = normal(2053), normal(2053, seed=1), normal(2053, seed=2).abs_()

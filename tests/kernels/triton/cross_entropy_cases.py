@@ -59,6 +59,16 @@ def test_a_loss_and_its_gradient_are_torchs() -> None:
     close(gradient(logits, target, 50, log_sum, log_sum, torch.ones_like(log_sum)), wide.grad)
 
 
+def test_autograd_notices() -> None:
+    leaf, column = normal(3, 8).requires_grad_(), columns(3, 8)
+    logits = leaf * 1
+    kept = (logits * logits).sum()
+    log_sum, _ = statistics(logits.detach(), column, 8)
+    gradient(logits.detach(), column, 8, log_sum, log_sum, torch.ones_like(log_sum))
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        kept.backward()
+
+
 def test_large_and_missing_logits() -> None:
     logits = normal(3, 9000)
     logits[0] += 3e4
