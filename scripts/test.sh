@@ -7,4 +7,5 @@ source scripts/setup_env.sh
 
 # One thread per process: the multi-rank tests start more processes than a small machine has cores.
 export OMP_NUM_THREADS=1
-python -m pytest -q --durations=10 "$@"
+# WORKERS=0 runs them one after the other, as a debugger wants them.
+python -m pytest -q --durations=10 -n "${WORKERS:-auto}" --dist worksteal "$@"
