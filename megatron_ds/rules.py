@@ -66,6 +66,13 @@ def check_kernels(config: Config) -> Iterator[ConfigError]:
         yield ConfigError(" and ".join(asked), "several formats", "one", f"{asked[0]} alone")
     if asked and not config.precision.bf16:
         yield ConfigError(asked[0], "no --bf16 beside it", "--bf16: all but the products", f"--bf16 {asked[0]}")
+    if "kernels.fp8_recipe" in config.typed and not asked:
+        yield ConfigError(
+            "--fp8-recipe",
+            "no format beside it",
+            "--fp8-format",
+            f"--fp8-format hybrid --fp8-recipe {kernels.fp8_recipe}",
+        )
     if kernels.use_flash_attn and kernels.attention_backend not in ("auto", "flash"):
         yield ConfigError(
             "--use-flash-attn",

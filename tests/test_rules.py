@@ -10,6 +10,7 @@ import pytest
 from megatron_ds.config import Config, parse
 from megatron_ds.errors import ConfigErrors
 from megatron_ds.plan import Plan, make_plan
+from megatron_ds.rules import check_kernels
 from tests.helpers.recipe import Value, words
 from tests.test_plan import BASE, GPT2_VOCAB
 
@@ -543,3 +544,10 @@ def test_what_is_missing_is_told_before_what_does_not_fit_together() -> None:
     with pytest.raises(ConfigErrors) as caught:
         plan(3, lr=None, num_layers=None, tensor_model_parallel_size=2, seed=-1)
     assert [error.subject for error in caught.value.errors] == ["--num-layers --lr", "--seed"]
+
+
+def test_a_recipe_of_fp8_needs_a_format() -> None:
+    flags = ["--bf16", "--fp8-recipe", "rowwise"]
+    (error,) = check_kernels(parse(flags))
+    assert error.subject == "--fp8-recipe"
+    assert not list(check_kernels(parse([*flags, "--fp8-format", "hybrid"])))

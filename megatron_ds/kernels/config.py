@@ -33,7 +33,9 @@ class KernelConfig:
         "--use-flash-attn-triton",
         "--use-flash-attn-builder",
     )
-    masked_softmax_fusion: bool = arg(True, "Softmax of --attention-backend unfused in torch's operators.")
+    masked_softmax_fusion: bool = arg(
+        True, "Softmax of --attention-backend unfused, which alone has one, in torch's operators."
+    )
     bias_swiglu_fusion: bool = arg(True, "Gated activations and their bias in torch's operators.")
     bias_dropout_fusion: bool = arg(True, "Bias, dropout and add in torch's operators.")
     rope_fusion: bool = arg(True, "Rotary positions in torch's operators.")
