@@ -5,12 +5,15 @@ Nothing outside this room imports torch.distributed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
 from megatron_ds.parallel.context import Axis
+from megatron_ds.parallel.shared_memory import Posted
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 # torch 2.13 renames both and warns about the old names; 2.11 has only the old ones.
@@ -65,6 +68,60 @@ class _ByMessages:
         self.works, self.received, self.alive = [], [], None
 
 
+class _InMemory:
+    """A collective between ranks of one machine: what each of them posted is put together when it is waited for."""
+
+    def __init__(self, posted: Posted, put_together: Callable[[list[torch.Tensor]], None]):
+        self.posted: Posted | None = posted
+        self.put_together = put_together
+
+    def wait(self) -> None:
+        """Complete it."""
+        if self.posted is not None:
+            with torch.no_grad():
+                self.put_together(self.posted.parts())
+            self.posted.close()
+            self.posted = None
+
+
+def _post(tensor: torch.Tensor, axis: Axis) -> Posted | None:
+    """Show a tensor to the axis's ranks in memory that they share; None if there is none for it."""
+    if not axis.on_gloo:
+        return None
+    return axis.memory.post(tensor.detach(), axis.rank, axis.size, partial(gather_bytes, axis=axis))
+
+
+def _combine(out: torch.Tensor, op: str, parts: list[torch.Tensor]) -> None:
+    """Reduce the ranks' tensors in rank order, so that all ranks get the same bits."""
+    first, second, *others = parts
+    out = out.detach().view(-1)
+    if op != "sum":
+        pick = torch.maximum if op == "max" else torch.minimum
+        pick(first, second, out=out)
+        for part in others:
+            pick(out, part, out=out)
+    elif others and out.dtype in (torch.float16, torch.bfloat16):
+        total = first.float()
+        for part in parts[1:]:
+            total += part
+        out.copy_(total)
+    else:
+        torch.add(first, second, out=out)
+        for part in others:
+            out += part
+
+
+def _part(full: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """This rank's part of a tensor that lies flat."""
+    return full.view(axis.size, -1)[axis.rank]
+
+
+def _lay_out(full: torch.Tensor, parts: list[torch.Tensor]) -> None:
+    """One after the other."""
+    for place, part in zip(full.detach().view(len(parts), -1), parts, strict=True):
+        place.copy_(part)
+
+
 def _with_everyone(axis: Axis, to_send: list[torch.Tensor], to_receive: list[torch.Tensor]) -> list[Any]:
     """Exchange a message with each other rank, in turn with those 1, 2, ... places after and before this one."""
     works = []
@@ -77,22 +134,31 @@ def _with_everyone(axis: Axis, to_send: list[torch.Tensor], to_receive: list[tor
 
 def all_reduce(tensor: torch.Tensor, axis: Axis, op: Literal["sum", "max", "min"] = "sum") -> torch.Tensor:
     """Reduce `tensor` over the axis, in place."""
-    if _others(axis, "all-reduce", 2 * tensor.nbytes):
-        dist.all_reduce(tensor, _OPS[op], group=axis.group)
+    _start_all_reduce(tensor, axis, op).wait()
     return tensor
 
 
 def all_reduce_async(tensor: torch.Tensor, axis: Axis) -> Any:
     """Start summing `tensor` over the axis in place; the handle's `wait()` completes it."""
+    return _start_all_reduce(tensor, axis, "sum")
+
+
+def _start_all_reduce(tensor: torch.Tensor, axis: Axis, op: str) -> Any:
     if not _others(axis, "all-reduce", 2 * tensor.nbytes):
         return Done()
-    return dist.all_reduce(tensor, group=axis.group, async_op=True)
+    posted = _post(tensor, axis)
+    if posted is not None:
+        return _InMemory(posted, partial(_combine, tensor, op))
+    return dist.all_reduce(tensor, _OPS[op], group=axis.group, async_op=True)
 
 
 def reduce_scatter_async(shard: torch.Tensor, full: torch.Tensor, axis: Axis) -> Any:
     """Start summing `full` over the axis, keeping this rank's part of it in `shard`, which may be a view of `full`."""
     if not _others(axis, "reduce-scatter", full.nbytes):
         return Done()
+    posted = _post(full, axis)
+    if posted is not None:
+        return _InMemory(posted, lambda parts: _combine(shard, "sum", [_part(part, axis) for part in parts]))
     if axis.on_gloo:
         return _ByMessages.reduce_scatter(shard, full, axis)
     return _reduce_scatter(shard, full, group=axis.group, async_op=True)
@@ -102,6 +168,9 @@ def all_gather_async(full: torch.Tensor, shard: torch.Tensor, axis: Axis) -> Any
     """Start filling `full` with every rank's `shard`, which may be a view of `full`."""
     if not _others(axis, "all-gather", full.nbytes):
         return Done()
+    posted = _post(shard, axis)
+    if posted is not None:
+        return _InMemory(posted, partial(_lay_out, full))
     if axis.on_gloo:
         return _ByMessages.all_gather(full, shard, axis)
     return _all_gather(full, shard, group=axis.group, async_op=True)
@@ -157,7 +226,12 @@ def all_to_all(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
     if axis.size == 1:
         return tensor
     out = torch.empty_like(tensor, memory_format=torch.contiguous_format)
-    if _others(axis, "all-to-all", tensor.nbytes):
+    if not _others(axis, "all-to-all", tensor.nbytes):
+        return out
+    posted = _post(tensor, axis)
+    if posted is not None:
+        _InMemory(posted, lambda parts: _lay_out(out, [_part(part, axis) for part in parts])).wait()
+    else:
         dist.all_to_all_single(out, tensor.contiguous(), group=axis.group)
     return out
 

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from megatron_ds import log
 from megatron_ds.parallel.config import ParallelConfig
+from megatron_ds.parallel.shared_memory import SharedMemory
 from megatron_ds.parallel.traffic import Traffic
 
 AXES = ("pp", "dp", "cp", "tp")
@@ -34,6 +35,7 @@ class Axis:
     handle: Any = None
     on_gloo: bool = False
     on_paper: bool = False
+    memory: SharedMemory = field(default_factory=SharedMemory, compare=False, repr=False)
     traffic: Traffic = field(default_factory=Traffic, compare=False, repr=False)
 
     @property
@@ -172,7 +174,7 @@ def build_axes(config: ParallelConfig, sizes: dict[str, int], device: torch.devi
     """
     timeout = timedelta(minutes=config.distributed_timeout_minutes)
     mesh = init_device_mesh(device.type, tuple(sizes[name] for name in AXES), mesh_dim_names=AXES)
-    axes = {name: _axis(name, mesh.get_group(name)) if sizes[name] > 1 else Axis.solo(name) for name in AXES}
+    axes = {name: _axis(name, mesh.get_group(name), timeout) if sizes[name] > 1 else Axis.solo(name) for name in AXES}
     for axis in axes.values():
         if axis.size > 1:  # DeviceMesh has no way to say it, and gloo's own is half an hour
             dist.distributed_c10d._set_pg_timeout(timeout, axis.group)
@@ -180,7 +182,7 @@ def build_axes(config: ParallelConfig, sizes: dict[str, int], device: torch.devi
         **axes,
         dp_cp=_data_axis(mesh.mesh, axes["dp"], axes["cp"], timeout),
         embedding=_embedding_axis(mesh.mesh, axes["pp"], timeout),
-        world=_axis("world", dist.group.WORLD),
+        world=_axis("world", dist.group.WORLD, timeout),
     )
 
 
@@ -191,19 +193,20 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def _axis(name: str, group: Any) -> Axis:
+def _axis(name: str, group: Any, timeout: timedelta) -> Axis:
     size, rank = dist.get_world_size(group), dist.get_rank(group)
-    return Axis(name, size, rank, group, on_gloo=dist.get_backend(group) == "gloo")
+    memory = SharedMemory(timeout.total_seconds())
+    return Axis(name, size, rank, group, on_gloo=dist.get_backend(group) == "gloo", memory=memory)
 
 
 def _data_axis(mesh: torch.Tensor, dp: Axis, cp: Axis, timeout: timedelta) -> Axis:
     """dp and cp as one axis; where one of them has size 1, the other one's group serves."""
     if dp.size == 1 or cp.size == 1:
         longer = dp if cp.size == 1 else cp
-        return Axis("dp_cp", longer.size, longer.rank, longer.handle, longer.on_gloo)
+        return dataclasses.replace(longer, name="dp_cp", traffic=Traffic())
     rows = mesh.permute(0, 3, 1, 2).reshape(-1, dp.size * cp.size).tolist()
     group, _ = dist.new_subgroups_by_enumeration(rows, timeout=timeout)
-    return _axis("dp_cp", group)
+    return _axis("dp_cp", group, timeout)
 
 
 def _embedding_axis(mesh: torch.Tensor, pp: Axis, timeout: timedelta) -> Axis:
@@ -212,7 +215,7 @@ def _embedding_axis(mesh: torch.Tensor, pp: Axis, timeout: timedelta) -> Axis:
         return Axis.solo("embedding")
     ends = mesh[[0, -1]].reshape(2, -1).T.tolist()
     group, _ = dist.new_subgroups_by_enumeration(ends, timeout=timeout)
-    return _axis("embedding", group) if pp.is_first or pp.is_last else Axis.solo("embedding")
+    return _axis("embedding", group, timeout) if pp.is_first or pp.is_last else Axis.solo("embedding")
 
 
 def _store(timeout: timedelta) -> Any:

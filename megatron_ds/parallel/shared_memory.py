@@ -1,0 +1,202 @@
+"""Memory that the ranks of one machine share, for collectives on CPUs.
+
+gloo sends even to a neighbour through sockets and threads of its own, which wait for a core while the ranks compute:
+half a megabyte takes 0.5 ms between idle processes and 2.5 ms between busy ones (docs/performance.md). Here a rank
+copies its tensor to where all others can read it, raises a counter, and reads theirs when their counters say so.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import platform
+import tempfile
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+Tensor = torch.Tensor
+
+HERE = Path("/dev/shm")
+SLOTS = 4
+"""Tensors of a rank that may be on their way at once."""
+LARGEST = 16 * 2**20
+"""Bytes of a tensor: larger ones are worth a thread that sends them while this one computes."""
+SMALLEST_SLOT = 64 * 2**10
+LINE = 8
+"""Counters, of 8 bytes, per cache line: each one has a line to itself."""
+PATIENCE_SECONDS = 0.002
+"""How long a rank waits with its core at hand before it sleeps between looks."""
+NAP_SECONDS = 0.0002
+CHECK_SECONDS = 1.0
+"""How often a waiting rank asks whether those it waits for are alive."""
+
+
+class SharedMemory:
+    """The memory of one axis's ranks, opened when it is first asked for.
+
+    Only on x86, where a processor's writes are seen by the others in the order in which they were made.
+    """
+
+    def __init__(self, timeout_seconds: float = 600.0):
+        self.timeout_seconds = timeout_seconds
+        self.region: _Region | None = None
+        self.largest = LARGEST if platform.machine() == "x86_64" and HERE.is_dir() else 0
+
+    def post(self, tensor: Tensor, rank: int, size: int, tell: Callable[[bytes], list[bytes]]) -> Posted | None:
+        """Show a tensor to the other ranks; None if it has to go another way, which then holds for all of them.
+
+        tell: gives every rank's bytes to every rank
+        """
+        if tensor.device.type != "cpu" or tensor.nbytes > self.largest:
+            return None
+        if self.region is None or tensor.nbytes > self.region.slot_bytes:
+            if self.region is not None and self.region.on_their_way:
+                return None
+            slot_bytes = max(SMALLEST_SLOT, 1 << (tensor.nbytes - 1).bit_length())
+            opened = _open(rank, size, slot_bytes, self.timeout_seconds, tell)
+            if opened is None:
+                self.largest = 0 if self.region is None else self.region.slot_bytes
+                return None
+            self.region = opened
+        return self.region.post(tensor)
+
+
+class Posted:
+    """A tensor that was shown to the other ranks, who show theirs of the same size under the same number."""
+
+    def __init__(self, region: _Region, number: int, tensor: Tensor):
+        self.region, self.number, self.numel, self.dtype = region, number, tensor.numel(), tensor.dtype
+
+    def parts(self) -> list[Tensor]:
+        """Every rank's, in rank order, flat; to be read before `close`. Waits for those that have not come.
+
+        Raises: RuntimeError if a rank is gone or does not come in time
+        """
+        self.region.wait_for(self.region.posted, self.number)
+        ranks = range(self.region.size)
+        return [self.region.place(self.number, rank, self.numel, self.dtype) for rank in ranks]
+
+    def close(self) -> None:
+        """The others may write there again."""
+        self.region.close(self.number)
+
+
+class _Region:
+    """Counters of what each rank has posted and has closed; then SLOTS times a slot for each rank.
+
+    Post n goes to slot n % SLOTS, when every rank has closed post n - SLOTS. A rank holds a lock on the byte of its
+    number for as long as it lives.
+    """
+
+    def __init__(self, file: int, rank: int, size: int, slot_bytes: int, timeout_seconds: float):
+        self.file, self.rank, self.size, self.slot_bytes = file, rank, size, slot_bytes
+        self.timeout_seconds = timeout_seconds
+        weakref.finalize(self, os.close, file)
+        memory = mmap.mmap(file, _length(size, slot_bytes))
+        self.counters = memoryview(memory)[: _header(size)].cast("q")
+        self.bytes = torch.frombuffer(memory, dtype=torch.uint8, offset=_header(size)).view(SLOTS, size, slot_bytes)
+        self.posted = [rank * LINE for rank in range(size)]
+        self.closed = [(size + rank) * LINE for rank in range(size)]
+        self.last = 0
+        self.on_their_way: list[int] = []
+
+    def post(self, tensor: Tensor) -> Posted | None:
+        number = self.last + 1
+        if number - SLOTS in self.on_their_way:
+            return None
+        self.wait_for(self.closed, number - SLOTS)
+        self.place(number, self.rank, tensor.numel(), tensor.dtype).copy_(tensor.flatten())
+        self.counters[self.posted[self.rank]] = self.last = number
+        self.on_their_way.append(number)
+        return Posted(self, number, tensor)
+
+    def place(self, number: int, rank: int, numel: int, dtype: torch.dtype) -> Tensor:
+        return self.bytes[number % SLOTS, rank, : numel * dtype.itemsize].view(dtype)
+
+    def close(self, number: int) -> None:
+        self.on_their_way.remove(number)
+        self.counters[self.closed[self.rank]] = min(self.on_their_way, default=self.last + 1) - 1
+
+    def wait_for(self, counters: list[int], number: int) -> None:
+        """Return when all of these have come to `number`."""
+        for rank, place in enumerate(counters):
+            if self.counters[place] < number:
+                self._wait(rank, place, number)
+
+    def _wait(self, rank: int, place: int, number: int) -> None:
+        begun = checked = time.monotonic()
+        while self.counters[place] < number:
+            os.sched_yield()
+            now = time.monotonic()
+            if now - begun > PATIENCE_SECONDS:
+                time.sleep(NAP_SECONDS)
+            if now - checked > CHECK_SECONDS:
+                self._check(rank, place, number)
+                checked = now
+            if now - begun > self.timeout_seconds:
+                raise RuntimeError(f"Timed out waiting {self.timeout_seconds:.0f} s for rank {rank} of {self.size}")
+
+    def _check(self, rank: int, place: int, number: int) -> None:
+        if _lock(self.file, rank):
+            fcntl.lockf(self.file, fcntl.LOCK_UN, 1, rank)
+            if self.counters[place] < number:  # else it came in the meantime, and went
+                raise RuntimeError(f"Connection closed by peer, rank {rank} of {self.size}")
+
+
+def _header(size: int) -> int:
+    return -(-2 * size * LINE * 8 // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def _length(size: int, slot_bytes: int) -> int:
+    return _header(size) + SLOTS * size * slot_bytes
+
+
+def _lock(file: int, rank: int) -> bool:
+    """Take the lock on a rank's byte; False if that rank lives and holds it."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
+    except OSError:
+        return False
+    return True
+
+
+def _open(
+    rank: int, size: int, slot_bytes: int, timeout_seconds: float, tell: Callable[[bytes], list[bytes]]
+) -> _Region | None:
+    """Map a new file on every rank; None if one of them cannot, as on another machine."""
+    file, path = _create(_length(size, slot_bytes)) if rank == 0 else (None, b"")
+    path = tell(path)[0]
+    if rank and path:
+        try:
+            file = os.open(path, os.O_RDWR)
+        except OSError:
+            file = None
+    took = tell(b"1" if file is not None and _lock(file, rank) else b"")
+    if rank == 0 and path:
+        os.unlink(path)
+    if all(took):
+        assert file is not None
+        return _Region(file, rank, size, slot_bytes, timeout_seconds)
+    if file is not None:
+        os.close(file)
+    return None
+
+
+def _create(length: int) -> tuple[int | None, bytes]:
+    """A file with room for so many bytes, if there is any."""
+    try:
+        file, path = tempfile.mkstemp(prefix="megatron_ds-", dir=HERE)
+    except OSError:
+        return None, b""
+    try:
+        os.posix_fallocate(file, 0, length)
+    except OSError:
+        os.close(file)
+        os.unlink(path)
+        return None, b""
+    return file, path.encode()
