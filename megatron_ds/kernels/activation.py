@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 Tensor = torch.Tensor
 Activation = Callable[[Tensor, "Tensor | None"], Tensor]
+ValueAndSlope = Callable[[Tensor, "Tensor | None"], tuple[Tensor, Tensor]]
 
 BLOCK = 256 * 1024
 """Elements of a thread that are worked on at once: the fp32 copies of so many stay in the cache."""
@@ -77,11 +78,58 @@ def liglu(x: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def fused_gelu_tanh(x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As `gelu_tanh`, on CPUs with value and slope from one sigmoid, block by block, and only the slope kept."""
-    if x.device.type != "cpu":
+    """As `gelu_tanh`; for 16-bit numbers on CPUs value and slope from one sigmoid, block by block.
+
+    In fp32 the passes wait for memory, and torch's own two are as fast.
+    """
+    if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
         return gelu_tanh(x, bias)
-    out: Tensor = _GeluTanh.apply(x, bias)
+    out: Tensor = _WithSlope.apply(x, bias, _gelu_tanh_by_blocks)
     return out
+
+
+def with_slope(both: ValueAndSlope) -> Activation:
+    """An elementwise activation from a function that gives its value and its slope; only the slope is kept."""
+
+    def call(x: Tensor, bias: Tensor | None = None) -> Tensor:
+        out: Tensor = _WithSlope.apply(x, bias, both)
+        return out
+
+    return call
+
+
+def gelu_tanh_and_slope(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """z s with s = sigmoid(2u), u = sqrt(2/pi) (z + 0.044715 z^3), for tanh(u) = 2 s - 1; slope s + z s (1 - s) 2u'.
+
+    All passes over memory, if somebody compiles it, in one.
+    """
+    z = x.float() if bias is None else x.float() + bias.float()
+    square = z * z
+    sigmoid = torch.sigmoid(_SLOPE * (z + _CUBE * z * square))
+    value = z * sigmoid
+    slope = sigmoid + value * (1 - sigmoid) * (_SLOPE + 3 * _SLOPE * _CUBE * square)
+    return value.to(x.dtype), slope.to(x.dtype)
+
+
+def _gelu_tanh_by_blocks(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same with torch's operators, in blocks that stay in the cache."""
+    width = x.shape[-1]
+    rows = x.reshape(-1, width)
+    out, slope = torch.empty_like(rows), torch.empty_like(rows)
+    size = max(1, BLOCK * torch.get_num_threads() // width)
+    room = torch.empty(4, min(size, len(rows)), width)
+    for first in range(0, len(rows), size):
+        block = slice(first, first + size)
+        z, square, sigmoid, rest = room[:, : len(rows[block])]
+        z.copy_(rows[block])
+        if bias is not None:
+            z.add_(bias)
+        torch.mul(z, z, out=square)
+        torch.addcmul(z, z, square, value=_CUBE, out=sigmoid).mul_(_SLOPE).sigmoid_()
+        out[block] = torch.mul(z, sigmoid, out=rest)
+        torch.ops.aten.sigmoid_backward(z, sigmoid, grad_input=rest)  # z s (1 - s)
+        slope[block] = sigmoid.addcmul_(rest, square.mul_(3 * _SLOPE * _CUBE).add_(_SLOPE))
+    return out.view(x.shape), slope.view(x.shape)
 
 
 def fused_swiglu(x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -90,37 +138,20 @@ def fused_swiglu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     return out
 
 
-class _GeluTanh(torch.autograd.Function):
-    """y = z s with s = sigmoid(2u), u = sqrt(2/pi) (z + 0.044715 z^3): tanh(u) = 2 s - 1; dy/dz = s + y (1 - s) 2u'."""
-
+class _WithSlope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None) -> Tensor:
-        width = x.shape[-1]
-        rows = x.reshape(-1, width)
-        out, slope = torch.empty_like(rows), torch.empty_like(rows)
-        size = max(1, BLOCK * torch.get_num_threads() // width)
-        room = torch.empty(4, min(size, len(rows)), width)
-        for first in range(0, len(rows), size):
-            block = slice(first, first + size)
-            z, square, sigmoid, rest = room[:, : len(rows[block])]
-            z.copy_(rows[block])
-            if bias is not None:
-                z.add_(bias)
-            torch.mul(z, z, out=square)
-            torch.addcmul(z, z, square, value=_CUBE, out=sigmoid).mul_(_SLOPE).sigmoid_()
-            out[block] = torch.mul(z, sigmoid, out=rest)
-            torch.ops.aten.sigmoid_backward(z, sigmoid, grad_input=rest)  # z s (1 - s) = y (1 - s)
-            slope[block] = sigmoid.addcmul_(rest, square.mul_(3 * _SLOPE * _CUBE).add_(_SLOPE))
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, both: ValueAndSlope) -> Tensor:
+        value, slope = both(x, bias)
         ctx.save_for_backward(slope)
         ctx.has_bias = bias is not None
-        return out.view(x.shape)
+        return value
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (slope,) = ctx.saved_tensors
-        grad = slope.view(grad.shape).mul_(grad)  # a second backward would notice that it has changed
-        return grad, grad.flatten(0, -2).sum(0) if ctx.has_bias else None
+        grad = slope.mul_(grad)  # a second backward would notice that it has changed
+        return grad, grad.flatten(0, -2).sum(0) if ctx.has_bias else None, None
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -225,22 +225,40 @@ def _torch(device: torch.device) -> Offer:
 
 
 def _compile(device: torch.device) -> Offer:
-    """Plain torch under torch.compile, one operation at a time: all layers share what is compiled."""
+    """Plain torch under torch.compile, one operation at a time: all layers share what is compiled.
+
+    What torch's operators do as well in blocks, cross-entropy on CPUs, is left to them.
+    """
     if device.type == "cpu" and installed.compiler() is None:
         return Offer(lacks="torch.compile needs a C++ compiler on CPUs (CXX, g++, clang++)")
     if device.type == "cuda" and not installed.triton().usable:
         return Offer(lacks=f"torch.compile needs Triton on GPUs: {installed.triton().why}")
-    compiled = {name: partial(torch.compile, REFERENCE[name]) for name in ("layer_norm", "rms_norm", "rope", "softmax")}
-    return Offer(
-        {
-            **compiled,
-            "activations": lambda: {name: torch.compile(call) for name, call in activation.REFERENCE.items()},
-            "bias_dropout_add": partial(torch.compile, dropout_add.bias_dropout_add),
-            "cross_entropy": lambda: cross_entropy.CrossEntropy(
-                torch.compile(cross_entropy.statistics), torch.compile(cross_entropy.gradient)
-            ),
-        }
-    )
+    names = ("layer_norm", "rms_norm", "rope", "softmax", "bias_dropout_add")
+    compiled = {name: partial(torch.compile, REFERENCE[name]) for name in names}
+    others = _compiled_for_cpu() if device.type == "cpu" else _compiled_for_gpu()
+    return Offer({**compiled, **others})
+
+
+def _compiled_for_cpu() -> dict[str, Callable[[], Any]]:
+    gelu_tanh = partial(torch.compile, activation.gelu_tanh_and_slope)
+    add = partial(torch.compile, products.add_flat, dynamic=True)
+    return {
+        "activations": lambda: {**_compiled_activations(), "gelu_tanh": activation.with_slope(gelu_tanh())},
+        "linear": lambda: products.FUSED._replace(add_grad_weight=partial(products.add_product, add=add())),
+    }
+
+
+def _compiled_for_gpu() -> dict[str, Callable[[], Any]]:
+    return {
+        "activations": _compiled_activations,
+        "cross_entropy": lambda: cross_entropy.CrossEntropy(
+            torch.compile(cross_entropy.statistics), torch.compile(cross_entropy.gradient)
+        ),
+    }
+
+
+def _compiled_activations() -> dict[str, activation.Activation]:
+    return {name: torch.compile(call) for name, call in activation.REFERENCE.items()}
 
 
 def _triton(device: torch.device) -> Offer:

@@ -42,14 +42,22 @@ def add_after(total: Tensor, grad: Tensor, x: Tensor) -> None:
     total.add_(torch.mm(grad.t(), x))
 
 
-def add_product(total: Tensor, grad: Tensor, x: Tensor) -> None:
-    """Add while multiplying, where torch's product can: nothing is rounded or written in between."""
+def add_flat(total: Tensor, part: Tensor) -> None:
+    """total += part, which has a lower precision."""
+    total += part
+
+
+def add_product(total: Tensor, grad: Tensor, x: Tensor, add: Callable[[Tensor, Tensor], None] = add_flat) -> None:
+    """Add while multiplying, where torch's product can: nothing is rounded or written in between.
+
+    add: adds a flat product to a flat total of higher precision, where torch's product cannot
+    """
     if total.dtype == x.dtype:
         total.addmm_(grad.t(), x)
     elif total.is_cuda:
         torch.addmm(total, grad.t(), x, out_dtype=total.dtype, out=total)
     else:
-        add_after(total, grad, x)
+        add(total.view(-1), torch.mm(grad.t(), x).view(-1))
 
 
 def add_rows(total: Tensor, ids: Tensor, rows: Tensor) -> None:

@@ -78,6 +78,15 @@ def test_inputs_that_are_not_contiguous(name: str, layout: str, monkeypatch: pyt
     compare(FUSED[name], formula(name), [normal(7, 3, 26), normal(26)], torch.float32, slack=8, layout=layout)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_value_and_slope_of_gelu(dtype: torch.dtype) -> None:
+    """The plain formula that is compiled, with and without a bias."""
+    x, bias = normal(5, 2, 33), normal(33)
+    call = activation.with_slope(activation.gelu_tanh_and_slope)
+    compare(call, formula("gelu_tanh"), [x, bias], dtype, slack=8)
+    compare(lambda x: call(x, None), formula("gelu_tanh"), [x], dtype, slack=8)
+
+
 @pytest.mark.parametrize("name", ["gelu_tanh", "swiglu"])
 def test_far_from_zero(name: str) -> None:
     """Where exp overflows and slopes are 0 or 1."""
@@ -92,12 +101,12 @@ def test_blocks_are_for_cpus_only(name: str) -> None:
     x = torch.empty(4, 2, 6, device="meta", requires_grad=True)
     out = FUSED[name](x, torch.empty(6, device="meta"))
     assert out.device.type == "meta" and out.shape == (4, 2, 3 if name in GATES else 6)
-    assert "_GeluTanh" not in type(out.grad_fn).__name__
+    assert "_WithSlope" not in type(out.grad_fn).__name__
 
 
 @pytest.mark.parametrize("name", ["gelu_tanh", "swiglu"])
 def test_a_second_derivative_is_refused(name: str) -> None:
-    x = normal(4, 2, 6).float().requires_grad_()
+    x = normal(4, 2, 6).bfloat16().requires_grad_()
     (grad,) = torch.autograd.grad(FUSED[name](x, None).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()

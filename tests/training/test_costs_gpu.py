@@ -18,7 +18,7 @@ from tests.training.test_costs import BF16, BSH, HEADS, B, H, S, planned
 def test_a_gpu_keeps_what_its_kernels_keep(flags: str, f: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In 16 bits: 18 s b h for norms, attention and two masks of dropout, what the MLP's first matrix gives, and what
     its second takes; on paper the statistics of norms have 16 bits too. Nothing that is made for CPUs is called."""
-    for kernel in (activation._GeluTanh, norm._LayerNorm):
+    for kernel in (activation._WithSlope, norm._LayerNorm):
         monkeypatch.setattr(kernel, "apply", None)
     model = "--pipeline-model-parallel-size 4 --bf16 --hidden-dropout 0.1 --ffn-hidden-size 256 "
     run = planned(arguments(STYLES["gpt2"], *(model + flags).split()), 4)
