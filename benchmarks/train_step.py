@@ -5,7 +5,8 @@
 
 All sides train the same model from the same weights on the same batches, each in a process of its own, one step in
 turn, so that a machine whose speed drifts is unfair to none. Prints one JSON row: medians, the ratio step by step,
-peak memory, first losses and whether they agree, counted FLOPs and the share of the machine's own best matmul.
+peak memory, first losses and whether they agree, counted FLOPs and the share of the machine's own best matmul;
+`over_best_peer` is what each side of ours makes of the fastest peer.
 A side that cannot be built (torch.compile without a C++ compiler) is a row that says why.
 """
 
@@ -149,6 +150,20 @@ def measure(sides: dict[str, Side], workload: Workload, dtype: str, rounds: int,
     return rows
 
 
+def over_best_peer(sides: dict[str, Side], warmup: int) -> dict[str, float]:
+    """Of each side of ours: the time of the fastest peer over its own, the median over steps."""
+    seconds = {name: side.seconds[warmup:] for name, side in sides.items() if not side.failed}
+    medians = {name: statistics.median(some) for name, some in seconds.items() if not name.startswith("ours")}
+    if not medians:
+        return {}
+    best = seconds[min(medians, key=lambda name: medians[name])]
+    return {
+        name: round(statistics.median(theirs / mine for mine, theirs in zip(some, best, strict=True)), 3)
+        for name, some in seconds.items()
+        if name.startswith("ours")
+    }
+
+
 def _beside(ours: Side, side: Side, warmup: int, tolerance: float) -> dict[str, Any]:
     """A side's time over ours step by step, and whether it trains the same model."""
     ratios = [theirs / mine for mine, theirs in zip(ours.seconds, side.seconds, strict=True)][warmup:]
@@ -168,7 +183,11 @@ def options_from(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--workload", choices=WORKLOADS, help=f"default: of each model {json.dumps(DEFAULTS)}")
     parser.add_argument("--peers", help="comma-separated, of those of the model; default: all")
     parser.add_argument("--our-flags", default="", help="more flags of the package: --our-flags='...'")
-    parser.add_argument("--our-variants", default="", help="flags of one more side of ours; several divided by ;")
+    parser.add_argument(
+        "--our-variants",
+        default="--kernels compile",
+        help="flags of one more side of ours; several divided by ; (default: %(default)s)",
+    )
     parser.add_argument("--dtype", choices=tuple(TOLERANCE), default="bf16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
@@ -216,6 +235,7 @@ def main(argv: list[str] | None = None) -> int:
         "parameters": sides["ours"].parameters,
         "least_bytes_per_step": workload.least_bytes_per_step(sides["ours"].parameters, 4 if fp32 else 2),
         "sides": rows,
+        "over_best_peer": over_best_peer(sides, options.warmup),
         "versions": versions(),
         "machine": machine.describe(),
     }

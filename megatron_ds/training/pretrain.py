@@ -93,6 +93,8 @@ def _main(recipe: Recipe, defaults: Mapping[str, Any], argv: Sequence[str], stop
     device = _device(config)
     if device.type == "cpu":
         log.info(cpu.prepare(config.parallel.cpu_threads_per_rank))
+    elif config.parallel.cpu_threads_per_rank is not None:
+        log.info("--cpu-threads-per-rank: no effect on GPUs")
     if config.training.verify_parallel:
         return verify(recipe, config, device)
     tokenizer = _tokenizer(config)
