@@ -30,7 +30,7 @@ from benchmarks import machine
 from benchmarks.kernel_tables import Table, tables
 from benchmarks.peers_common import commit, last_line, versions, write_row
 from benchmarks.workloads import BETAS, EPS, LEARNING_RATE, WEIGHT_DECAY, WORKLOADS, Workload
-from megatron_ds.kernels.adamw import Part, reference
+from megatron_ds.kernels.adamw import Hyper, Part, reference
 from megatron_ds.kernels.attention import Pattern
 from megatron_ds.kernels.rope import rope_frequencies, rope_table
 
@@ -203,23 +203,21 @@ def _adamw(w: Workload, make: Maker) -> Op:
     half = make.dtype != torch.float32
     model = master.to(make.dtype) if half else master
     step, scale = torch.ones((), device=make.device), torch.ones((), device=make.device)
-    hyper: dict[str, Any] = {
-        "lr": LEARNING_RATE, "weight_decay": WEIGHT_DECAY, "beta1": BETAS[0], "beta2": BETAS[1], "eps": EPS
-    }  # fmt: skip
+    hyper = Hyper(LEARNING_RATE, WEIGHT_DECAY, *BETAS, EPS)
 
     def ours(t: Table) -> Function:
         def update(master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, model: Tensor) -> None:
-            t.kernels.adamw([Part(master, grad, exp_avg, exp_avg_sq, model if half else None)], step, scale, **hyper)
+            t.kernels.adamw([Part(master, grad, exp_avg, exp_avg_sq, model if half else None)], step, scale, hyper)
 
         return update
 
     def formula(master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, model: Tensor) -> None:
-        reference([Part(master, grad, exp_avg, exp_avg_sq, model if half else None)], step, scale, **hyper)
+        reference([Part(master, grad, exp_avg, exp_avg_sq, model if half else None)], step, scale, hyper)
 
     def own(master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, model: Tensor) -> None:
         grad.mul_(scale)
         torch._fused_adamw_(
-            [master], [grad], [exp_avg], [exp_avg_sq], [], [step], amsgrad=False, maximize=False, **hyper
+            [master], [grad], [exp_avg], [exp_avg_sq], [], [step], amsgrad=False, maximize=False, **hyper._asdict()
         )  # fmt: skip
         if half:
             model.copy_(master)

@@ -29,39 +29,29 @@ class Part(NamedTuple):
     model: Tensor | None
 
 
+class Hyper(NamedTuple):
+    """The numbers of one update. Megatron's and DeepSpeed's names."""
+
+    lr: float
+    weight_decay: float
+    beta1: float
+    beta2: float
+    eps: float
+
+
 class AdamW(Protocol):
     """One update of many parts, in place, without waiting for the device."""
 
-    def __call__(
-        self,
-        parts: Sequence[Part],
-        step: Tensor,
-        scale: Tensor,
-        *,
-        lr: float,
-        weight_decay: float,
-        beta1: float,
-        beta2: float,
-        eps: float,
-    ) -> None:
+    def __call__(self, parts: Sequence[Part], step: Tensor, scale: Tensor, hyper: Hyper) -> None:
         """step counts from 1; scale multiplies the gradients first; both are fp32 scalars on the device.
 
         With a scale of 0 nothing changes, whatever the gradients are: 0 times one that is not finite is not finite.
         """
 
 
-def reference(
-    parts: Sequence[Part],
-    step: Tensor,
-    scale: Tensor,
-    *,
-    lr: float,
-    weight_decay: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-) -> None:
+def reference(parts: Sequence[Part], step: Tensor, scale: Tensor, hyper: Hyper) -> None:
     """The formula: p = p (1 - lr wd); p = p - lr m' / (sqrt(v') + eps) with m' = m / (1 - beta1^t), v' likewise."""
+    lr, weight_decay, beta1, beta2, eps = hyper
     updates = scale != 0
     for master, grad, exp_avg, exp_avg_sq, model in parts:
         g = grad.float() * scale
@@ -75,17 +65,7 @@ def reference(
             model.copy_(torch.where(updates, master.to(model.dtype), model))
 
 
-def fused(
-    parts: Sequence[Part],
-    step: Tensor,
-    scale: Tensor,
-    *,
-    lr: float,
-    weight_decay: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-) -> None:
+def fused(parts: Sequence[Part], step: Tensor, scale: Tensor, hyper: Hyper) -> None:
     """Through torch's fused AdamW: on CPUs in blocks that stay in the cache for all that is done to them, elsewhere in
     one launch, but for gradients in bf16, of which fp32 copies are made for one part at a time.
     """
@@ -95,8 +75,7 @@ def fused(
         first, second = [part.exp_avg for part in group], [part.exp_avg_sq for part in group]
         torch._fused_adamw_(
             masters, grads, first, second, [], [step] * len(group),
-            lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps,
-            amsgrad=False, maximize=False, grad_scale=inverse, found_inf=skip,
+            **hyper._asdict(), amsgrad=False, maximize=False, grad_scale=inverse, found_inf=skip,
         )  # fmt: skip
         # Skipped ones as well: they have that value already.
         copied = [(part.model, part.master) for part in group if part.model is not None]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megatron_ds.kernels import products
-from megatron_ds.kernels.adamw import Part
+from megatron_ds.kernels.adamw import Hyper, Part
 from megatron_ds.kernels.installed import trouble
 
 Tensor = torch.Tensor
@@ -58,17 +58,7 @@ def rms_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tens
     return out
 
 
-def adamw(
-    parts: Sequence[Part],
-    step: Tensor,
-    scale: Tensor,
-    *,
-    lr: float,
-    weight_decay: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-) -> None:
+def adamw(parts: Sequence[Part], step: Tensor, scale: Tensor, hyper: Hyper) -> None:
     """AdamW in place, gradients times `scale` first; step and scale stay on the device.
 
     Where gradient and model share a precision one kernel writes master and model; else the model is a copy afterwards,
@@ -76,6 +66,7 @@ def adamw(
 
     Shapes: parts of flat [n] tensors; step and scale 0-dim fp32
     """
+    lr, weight_decay, beta1, beta2, eps = hyper
     together: dict[torch.dtype, list[Part]] = {}
     alone: list[Part] = []
     copied: list[tuple[Tensor, Tensor]] = []

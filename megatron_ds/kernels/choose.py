@@ -277,7 +277,7 @@ def _triton(device: torch.device) -> Offer:
         {
             "layer_norm": partial(load, "norm", "layer_norm"),
             "rms_norm": partial(load, "norm", "rms_norm"),
-            "activations": lambda: {name: load("activation", name) for name in activation.REFERENCE},
+            "activations": partial(load, "activation", "ACTIVATIONS"),
             "rope": partial(load, "rope", "apply_rope"),
             "bias_dropout_add": partial(load, "dropout_add", "bias_dropout_add"),
             "cross_entropy": lambda: cross_entropy.CrossEntropy(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_ds.kernels.adamw import Part
+from megatron_ds.kernels.adamw import Hyper, Part
 from megatron_ds.kernels.attention import Attention, Pattern
 from megatron_ds.kernels.mask import Mask, Rule
 from megatron_ds.kernels.rope import rope_frequencies, rope_table
@@ -145,10 +145,10 @@ def _adamw(kernel: Any, make: Make) -> list[Tensor]:
         model = None if make.dtype == torch.float32 else make(1000, grad=False)
         parts.append(Part(master, grad.to(dtype), exp_avg, exp_avg_sq.abs_(), model))
     scalars = torch.tensor([3.0, 0.5], device=make.device)
-    options = {"lr": 0.1, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
-    kernel(parts, scalars[0], scalars[1], **options)
+    hyper = Hyper(lr=0.1, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8)
+    kernel(parts, scalars[0], scalars[1], hyper)
     spoiled = [part._replace(grad=torch.full_like(part.grad, torch.nan)) for part in parts]
-    kernel(spoiled, scalars[0], scalars[1] * 0, **options)
+    kernel(spoiled, scalars[0], scalars[1] * 0, hyper)
     return [t for p in parts for t in (p.master, p.exp_avg, p.exp_avg_sq, p.model) if t is not None]
 
 

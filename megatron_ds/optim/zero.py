@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_ds.kernels import adamw as adamw_kernels
-from megatron_ds.kernels.adamw import AdamW, Part
+from megatron_ds.kernels.adamw import AdamW, Hyper, Part
 from megatron_ds.optim.bucket import Bucket
 from megatron_ds.optim.buckets import Buckets
 from megatron_ds.optim.config import OptimizerConfig
@@ -147,16 +147,10 @@ class ZeroOptimizer:
         self.steps += scale != 0
         for decayed in (True, False):
             parts = [segment.part for segment in self.segments if segment.spec.decay is decayed]
-            self.adamw(
-                parts,
-                self.steps,
-                scale,
-                lr=lr,
-                weight_decay=weight_decay if decayed else 0.0,
-                beta1=self.config.adam_beta1,
-                beta2=self.config.adam_beta2,
-                eps=self.config.adam_eps,
-            )
+            config = self.config
+            decay = weight_decay if decayed else 0.0
+            hyper = Hyper(lr, decay, config.adam_beta1, config.adam_beta2, config.adam_eps)
+            self.adamw(parts, self.steps, scale, hyper)
         self._spread()
 
     @torch.no_grad()

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from megatron_ds.kernels import adamw
-from megatron_ds.kernels.adamw import AdamW, Part
+from megatron_ds.kernels.adamw import AdamW, Hyper, Part
 from tests.kernels.exact import normal
 
 Tensor = torch.Tensor
 BOTH = pytest.mark.parametrize("kernel", [adamw.reference, adamw.fused], ids=["reference", "fused"])
 SIZES = (1, 7, 64, 1000)
-OPTIONS = {"lr": 3e-2, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-6}
+HYPER = Hyper(lr=3e-2, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-6)
 STEPS = 20
 
 
@@ -34,13 +34,13 @@ def part_of(start: Tensor, model: torch.dtype | None, grad: torch.dtype = torch.
 def test_twenty_steps(kernel: AdamW, model: torch.dtype | None, grad: torch.dtype, scale: float) -> None:
     parts = [part_of(normal(n), model, grad) for n in SIZES]
     exact = [torch.nn.Parameter(part.master.double()) for part in parts]
-    peer = torch.optim.AdamW(exact, OPTIONS["lr"], (OPTIONS["beta1"], OPTIONS["beta2"]), OPTIONS["eps"], 0.1)
+    peer = torch.optim.AdamW(exact, HYPER.lr, (HYPER.beta1, HYPER.beta2), HYPER.eps, HYPER.weight_decay)
     factor = torch.tensor(scale)
     for step in range(1, STEPS + 1):
         for i, (part, parameter) in enumerate(zip(parts, exact, strict=True)):
             part.grad.copy_(normal(len(part.master), seed=100 * step + i) / scale)
             parameter.grad = part.grad.double() * factor.double()
-        kernel(parts, torch.tensor(float(step)), factor, **OPTIONS)
+        kernel(parts, torch.tensor(float(step)), factor, HYPER)
         peer.step()
     for part, parameter in zip(parts, exact, strict=True):
         state = peer.state[parameter]
@@ -61,11 +61,11 @@ def test_a_scale_of_nought_changes_nothing(kernel: AdamW, bad: float, model: tor
     parts = [part_of(normal(n), model) for n in SIZES]
     for part in parts:
         part.grad.copy_(normal(len(part.master)))
-    kernel(parts, torch.tensor(1.0), torch.tensor(1.0), **OPTIONS)
+    kernel(parts, torch.tensor(1.0), torch.tensor(1.0), HYPER)
     before = [[None if t is None else t.clone() for t in part] for part in parts]
     for part in parts:
         part.grad.fill_(bad)
-    kernel(parts, torch.tensor(2.0), torch.tensor(0.0), **OPTIONS)
+    kernel(parts, torch.tensor(2.0), torch.tensor(0.0), HYPER)
     for part, (master, _, exp_avg, exp_avg_sq, copy) in zip(parts, before, strict=True):
         assert torch.equal(part.master, master)
         assert torch.equal(part.exp_avg, exp_avg) and torch.equal(part.exp_avg_sq, exp_avg_sq)
@@ -82,16 +82,16 @@ def test_slices_of_one_buffer(kernel: AdamW) -> None:
         mine.copy_(theirs)
     for one in (part, whole):
         one.grad.copy_(normal(200, seed=9))
-        kernel([one], torch.tensor(1.0), torch.tensor(1.0), **OPTIONS)
+        kernel([one], torch.tensor(1.0), torch.tensor(1.0), HYPER)
     assert torch.equal(part.master, whole.master)
     assert all(bool((buffer[:50] == 5).all()) and bool((buffer[250:] == 5).all()) for buffer in buffers)
 
 
 @BOTH
 def test_nothing_to_do(kernel: AdamW) -> None:
-    kernel([], torch.tensor(1.0), torch.tensor(1.0), **OPTIONS)
+    kernel([], torch.tensor(1.0), torch.tensor(1.0), HYPER)
     for model in (torch.bfloat16, None):
-        kernel([part_of(normal(0), model)], torch.tensor(1.0), torch.tensor(1.0), **OPTIONS)
+        kernel([part_of(normal(0), model)], torch.tensor(1.0), torch.tensor(1.0), HYPER)
 
 
 def test_beside_a_cpu_all_parts_are_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,11 +109,11 @@ def test_beside_a_cpu_all_parts_are_one_launch(monkeypatch: pytest.MonkeyPatch) 
     models = (torch.bfloat16, None, torch.float16, torch.bfloat16)
     parts = [part_of(torch.empty(n, device="meta"), model) for n, model in zip(SIZES, models, strict=True)]
     scalar = torch.empty((), device="meta")
-    adamw.fused(parts, scalar, scalar, **OPTIONS)
+    adamw.fused(parts, scalar, scalar, HYPER)
     assert (updated, copied) == ([4], [3])
     for narrow in (1, 2):
         parts[narrow] = parts[narrow]._replace(grad=parts[narrow].grad.bfloat16())
-    adamw.fused(parts, scalar, scalar, **OPTIONS)
+    adamw.fused(parts, scalar, scalar, HYPER)
     assert (updated, copied) == ([4, 1, 1, 2], [3, 1, 2])
-    adamw.fused([], scalar, scalar, **OPTIONS)
+    adamw.fused([], scalar, scalar, HYPER)
     assert len(updated) == 4

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_ds.kernels import apex
+from megatron_ds.kernels.adamw import Hyper
 from megatron_ds.kernels.installed import trouble
 from tests.kernels import stand_ins
 from tests.kernels.stand_ins import install
@@ -72,7 +73,7 @@ def test_adamw_is_torchs(
     monkeypatch.setattr(apex, "LARGEST", 4)
     assert apex.lacks("adamw") is None
     torch.manual_seed(0)
-    sizes, numbers = (5, 0, 8), {"lr": 0.1, "weight_decay": 0.3, "beta1": 0.8, "beta2": 0.95, "eps": 1e-3}
+    sizes, hyper = (5, 0, 8), Hyper(lr=0.1, weight_decay=0.3, beta1=0.8, beta2=0.95, eps=1e-3)
     masters = [torch.randn(n) for n in sizes]
     models = [None if model_dtype is None else torch.zeros(n, dtype=model_dtype) for n in sizes]
     moments = [(torch.zeros(n), torch.zeros(n)) for n in sizes]
@@ -84,7 +85,7 @@ def test_adamw_is_torchs(
             parameter.grad = g.double() * 0.25
         torchs.step()
         parts = [(p, g, m, v, low) for p, g, (m, v), low in zip(masters, gradients, moments, models, strict=True)]
-        apex.adamw(parts, torch.tensor(float(step)), torch.tensor(0.25), **numbers)
+        apex.adamw(parts, torch.tensor(float(step)), torch.tensor(0.25), hyper)
     for master, model, expected in zip(masters, models, true, strict=True):
         close(master, expected.detach())
         if model is not None:
@@ -95,16 +96,17 @@ def test_adamw_is_torchs(
 def test_adamw_of_both_kinds_at_once_and_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     install(monkeypatch, "amp_C", **stand_ins.amp_c(calls))
-    step, scale, rest = torch.tensor(1.0), torch.tensor(1.0), {"weight_decay": 0.0, "beta1": 0.9, "beta2": 0.9}
+    step, scale = torch.tensor(1.0), torch.tensor(1.0)
+    hyper = Hyper(lr=0.5, weight_decay=0.0, beta1=0.9, beta2=0.9, eps=0.0)
     low = torch.zeros(3, dtype=torch.bfloat16)
     wide = (torch.zeros(3), torch.ones(3), torch.zeros(3), torch.zeros(3), None)
     narrow = (torch.zeros(3), torch.ones(3).bfloat16(), torch.zeros(3), torch.zeros(3), low)
-    apex.adamw([wide, narrow], step, scale, lr=0.5, eps=0.0, **rest)
+    apex.adamw([wide, narrow], step, scale, hyper)
     assert calls == ["capturable", "capturable_master"]
     # The first step of Adam is of length lr.
     close(wide[0], torch.full((3,), -0.5))
     close(low, torch.full((3,), -0.5))
-    apex.adamw([], step, scale, lr=0.5, eps=0.0, **rest)
+    apex.adamw([], step, scale, hyper)
     assert len(calls) == 2
 
 
@@ -117,7 +119,7 @@ def test_adamw_with_a_scale_of_zero_changes_nothing(monkeypatch: pytest.MonkeyPa
     master, m, v, _ = kept
     part = (master, torch.full((3,), torch.nan, dtype=grad_dtype), m, v, low)
     zero = torch.zeros(())
-    apex.adamw([part], zero, zero, lr=0.5, weight_decay=0.1, beta1=0.9, beta2=0.9, eps=0.0)
+    apex.adamw([part], zero, zero, Hyper(lr=0.5, weight_decay=0.1, beta1=0.9, beta2=0.9, eps=0.0))
     assert calls and [t.tolist() for t in kept] == [[1.0] * 3, [2.0] * 3, [3.0] * 3, [1.0] * 3]
 
 

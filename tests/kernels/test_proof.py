@@ -83,11 +83,11 @@ def test_wrong_gradients_are_seen(operation: str, dtype: torch.dtype) -> None:
 
 
 def spoiled_adamw(**changes: Any) -> adamw.AdamW:
-    def kernel(parts: Any, step: Tensor, scale: Tensor, **options: Any) -> None:
+    def kernel(parts: Any, step: Tensor, scale: Tensor, hyper: adamw.Hyper) -> None:
         step = step + changes.get("steps", 0)
         scale = scale * changes.get("scale", 1)
-        options |= {name: value for name, value in changes.items() if name in options}
-        adamw.reference(parts, step, scale, **options)
+        hyper = hyper._replace(**{name: value for name, value in changes.items() if name in hyper._fields})
+        adamw.reference(parts, step, scale, hyper)
 
     return kernel
 
@@ -104,8 +104,8 @@ def test_small_mistakes_of_adamw_are_seen(changes: dict[str, float], dtype: torc
 
 
 def test_an_adamw_that_does_not_skip_is_seen() -> None:
-    def kernel(parts: Any, step: Tensor, scale: Tensor, **options: Any) -> None:
-        adamw.reference(parts, step, scale + (scale == 0), **options)
+    def kernel(parts: Any, step: Tensor, scale: Tensor, hyper: adamw.Hyper) -> None:
+        adamw.reference(parts, step, scale + (scale == 0), hyper)
 
     said = verdict("adamw", kernel)
     assert said is not None and said.endswith("by nan")
@@ -221,9 +221,9 @@ def test_bf16_totals_and_gradients_are_tried_in_a_bf16_run() -> None:
         assert total.dtype == torch.float32
         total += grad.float().t() @ x.float()
 
-    def step(parts: Any, *scalars: Tensor, **options: Any) -> None:
+    def step(parts: Any, number: Tensor, scale: Tensor, hyper: adamw.Hyper) -> None:
         assert all(part.grad.dtype == torch.float32 for part in parts)
-        adamw.reference(parts, *scalars, **options)
+        adamw.reference(parts, number, scale, hyper)
 
     for operation, kernel in (("linear", REFERENCE["linear"]._replace(add_grad_weight=add)), ("adamw", step)):
         assert verdict(operation, kernel, torch.float32) is None

@@ -15,7 +15,7 @@ import pretrain_t5
 from megatron_ds import log
 from megatron_ds.config import parse
 from megatron_ds.data.batch import BERTBatch, GPTBatch, T5Batch
-from megatron_ds.kernels.adamw import AdamW, Part
+from megatron_ds.kernels.adamw import AdamW, Hyper, Part
 from megatron_ds.optim.lr import lr_schedule
 from megatron_ds.parallel import context, launch
 from megatron_ds.parallel.rng import DropoutStreams
@@ -116,10 +116,10 @@ def start(argv: Sequence[str], model_type: ModelType = "GPT") -> Engine:
     return build_engine(Run(config, plan, parallel, kernels, device, None, streams), RECIPES[model_type])
 
 
-def update_and_keep(adamw: AdamW, parts: Sequence[Part], step: torch.Tensor, scale: torch.Tensor, **hyper: Any) -> None:
+def update_and_keep(adamw: AdamW, parts: Sequence[Part], step: torch.Tensor, scale: torch.Tensor, hyper: Hyper) -> None:
     """An update that leaves the gradients as they were applied; not every kernel does."""
     applied = [part.grad * scale for part in parts]
-    adamw(parts, step, scale, **hyper)
+    adamw(parts, step, scale, hyper)
     for part, grad in zip(parts, applied, strict=True):
         part.grad.copy_(grad)
 

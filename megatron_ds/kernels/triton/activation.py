@@ -6,66 +6,41 @@ Source: Hendrycks and Gimpel 2016, arXiv:1606.08415; Shazeer 2020, arXiv:2002.05
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from megatron_ds.kernels.activation import Activation
 from megatron_ds.kernels.triton.launch import column_sums, jit, pieces, tiles
 
 Tensor = torch.Tensor
 
 
-def gelu_tanh(x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """GELU in its tanh form, as GPT-2 and Megatron's fused kernel have it."""
-    return _activate(x, bias, "gelu_tanh", False)
+KINDS = {
+    "gelu_tanh": ("gelu_tanh", False),
+    "gelu": ("gelu", False),
+    "relu": ("relu", False),
+    "squared_relu": ("squared_relu", False),
+    "swiglu": ("silu", True),
+    "geglu_tanh": ("gelu_tanh", True),
+    "geglu": ("gelu", True),
+    "reglu": ("relu", True),
+    "liglu": ("identity", True),
+}
+"""Of each activation the function, and whether it is a gate's."""
 
 
-def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """GELU by erf."""
-    return _activate(x, bias, "gelu", False)
+def _activation(kind: str, gated: bool) -> Activation:
+    def call(x: Tensor, bias: Tensor | None = None) -> Tensor:
+        assert not gated or x.shape[-1] % 2 == 0
+        y: Tensor = _Activation.apply(x, bias, kind, gated)
+        return y
 
-
-def relu(x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """max(x, 0)."""
-    return _activate(x, bias, "relu", False)
-
-
-def squared_relu(x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """max(x, 0)^2."""
-    return _activate(x, bias, "squared_relu", False)
-
-
-def swiglu(x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """silu(gate) * up."""
-    return _activate(x, bias, "silu", True)
-
-
-def geglu_tanh(x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """gelu(gate) * up, GELU in its tanh form."""
-    return _activate(x, bias, "gelu_tanh", True)
-
-
-def geglu(x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """gelu(gate) * up, GELU by erf."""
-    return _activate(x, bias, "gelu", True)
-
-
-def reglu(x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """relu(gate) * up."""
-    return _activate(x, bias, "relu", True)
-
-
-def liglu(x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """gate * up."""
-    return _activate(x, bias, "identity", True)
-
-
-def _activate(x: Tensor, bias: Tensor | None, kind: str, gated: bool) -> Tensor:
-    assert not gated or x.shape[-1] % 2 == 0
-    y: Tensor = _Activation.apply(x, bias, kind, gated)
-    return y
+    return call
 
 
 class _Activation(torch.autograd.Function):
@@ -102,6 +77,10 @@ class _Activation(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dbias = column_sums(dx).to(bias.dtype)
         return dx, dbias, None, None
+
+
+ACTIVATIONS: Mapping[str, Activation] = MappingProxyType({name: _activation(*how) for name, how in KINDS.items()})
+"""All of kernels/activation.py, under the same names."""
 
 
 @jit

@@ -12,28 +12,19 @@ import torch
 import triton.language as tl
 from torch.autograd.graph import increment_version
 
-from megatron_ds.kernels.adamw import Part
+from megatron_ds.kernels.adamw import Hyper, Part
 from megatron_ds.kernels.triton.launch import ELEMENTS, jit
 
 Tensor = torch.Tensor
 
 
-def adamw(
-    parts: Sequence[Part],
-    step: Tensor,
-    scale: Tensor,
-    *,
-    lr: float,
-    weight_decay: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-) -> None:
+def adamw(parts: Sequence[Part], step: Tensor, scale: Tensor, hyper: Hyper) -> None:
     """Update number `step` (the first is 1) of every part, in place, with gradients times `scale`.
 
     Neither number leaves the device. One launch per part. A scale of 0 changes nothing.
     Shapes: every tensor of a part [n]; step and scale 0-dim fp32
     """
+    lr, weight_decay, beta1, beta2, eps = hyper
     # 1 - beta^step in fp64: in fp32 the first steps of a beta near 1 would lose four digits of it.
     wide = step.double()
     first, second = (-torch.expm1(wide * math.log(beta)) if beta else wide.clamp(max=1) for beta in (beta1, beta2))

@@ -11,8 +11,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from megatron_ds.kernels.adamw import Part
-from megatron_ds.kernels.triton import activation, adamw, cross_entropy, dropout_add, norm, rope, softmax
+from megatron_ds.kernels.adamw import Hyper, Part
+from megatron_ds.kernels.triton import adamw, cross_entropy, dropout_add, norm, rope, softmax
+from megatron_ds.kernels.triton.activation import ACTIVATIONS
 
 Tensor = torch.Tensor
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -77,7 +78,7 @@ def test_norm(h: int, compiled: list[str]) -> None:
     "name", ["gelu_tanh", "gelu", "relu", "squared_relu", "swiglu", "geglu_tanh", "geglu", "reglu", "liglu"]
 )
 def test_activation(name: str, compiled: list[str]) -> None:
-    both_ways(getattr(activation, name)(leaf(3, 2048), leaf(2048) if name == "gelu" else None))
+    both_ways(ACTIVATIONS[name](leaf(3, 2048), leaf(2048) if name == "gelu" else None))
     assert compiled == ["_forward", "_backward"]
 
 
@@ -106,7 +107,7 @@ def test_adamw(compiled: list[str]) -> None:
     single, half = torch.ones(5000), torch.ones(5000, dtype=torch.bfloat16)
     parts = [Part(single, half, single, single, half), Part(single, single, single, single, None)]
     one = torch.ones(())
-    adamw.adamw(parts, one, one, lr=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8)
+    adamw.adamw(parts, one, one, Hyper(lr=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8))
     assert compiled == ["_update"] * 2
 
 
