@@ -4,7 +4,7 @@
 
 Each rank starts with a buffer of the given size. Ways of a reduce-scatter leave every rank the sum of its own part,
 ways of an all-gather fill the buffer from everyone's part, and an all-reduce of the whole buffer stands beside both.
-"ours" is what training uses: shared memory up to 16 MiB (decision 016), for larger buffers gloo or messages. The ways
+"ours" is what training uses: shared memory up to 8 MiB (decision 016), for larger buffers gloo or messages. The ways
 take turns, one call each per repetition, and every result is checked. Prints one JSON row per size: median milliseconds
 of the slowest rank, and the same as a share of gloo's all-reduce.
 """

@@ -24,9 +24,10 @@ Tensor = torch.Tensor
 HERE = Path("/dev/shm")
 SLOTS = 4
 """Tensors of a rank that may be on their way at once."""
-LARGEST = 16 * 2**20
+LARGEST = 8 * 2**20
 """Bytes of a tensor: larger ones are worth a thread that sends them while this one computes."""
 SMALLEST_SLOT = 64 * 2**10
+POSTED, CLOSED = 0, 1
 LINE = 8
 """Counters, of 8 bytes, per cache line: each one has a line to itself."""
 PATIENCE_SECONDS = 0.002
@@ -55,7 +56,7 @@ class SharedMemory:
         if tensor.device.type != "cpu" or tensor.nbytes > self.largest:
             return None
         if self.region is None or tensor.nbytes > self.region.slot_bytes:
-            if self.region is not None and self.region.on_their_way:
+            if self.region is not None and self.region.taken:
                 return None
             slot_bytes = max(SMALLEST_SLOT, 1 << (tensor.nbytes - 1).bit_length())
             opened = _open(rank, size, slot_bytes, self.timeout_seconds, tell)
@@ -67,30 +68,32 @@ class SharedMemory:
 
 
 class Posted:
-    """A tensor that was shown to the other ranks, who show theirs of the same size under the same number."""
+    """A tensor that was shown to the other ranks, who show theirs of the same size in the same slot."""
 
-    def __init__(self, region: _Region, number: int, tensor: Tensor):
-        self.region, self.number, self.numel, self.dtype = region, number, tensor.numel(), tensor.dtype
+    def __init__(self, region: _Region, slot: int, number: int, tensor: Tensor):
+        self.region, self.slot, self.number = region, slot, number
+        self.numel, self.dtype = tensor.numel(), tensor.dtype
 
     def parts(self) -> list[Tensor]:
         """Every rank's, in rank order, flat; to be read before `close`. Waits for those that have not come.
 
         Raises: RuntimeError if a rank is gone or does not come in time
         """
-        self.region.wait_for(self.region.posted, self.number)
+        self.region.wait_for(POSTED, self.slot, self.number)
         ranks = range(self.region.size)
-        return [self.region.place(self.number, rank, self.numel, self.dtype) for rank in ranks]
+        return [self.region.place(self.slot, rank, self.numel, self.dtype) for rank in ranks]
 
     def close(self) -> None:
         """The others may write there again."""
-        self.region.close(self.number)
+        self.region.close(self.slot, self.number)
 
 
 class _Region:
-    """Counters of what each rank has posted and has closed; then SLOTS times a slot for each rank.
+    """Two counters for each slot and rank, the numbers of its last post and of the last one that it has closed; then
+    the slots, with a place for each rank.
 
-    Post n goes to slot n % SLOTS, when every rank has closed post n - SLOTS. A rank holds a lock on the byte of its
-    number for as long as it lives.
+    A slot takes a new post when every rank has closed the last one there. All ranks post and close in the same order,
+    so they choose the same slots. A rank holds a lock on the byte of its number for as long as it lives.
     """
 
     def __init__(self, file: int, rank: int, size: int, slot_bytes: int, timeout_seconds: float):
@@ -100,31 +103,39 @@ class _Region:
         memory = mmap.mmap(file, _length(size, slot_bytes))
         self.counters = memoryview(memory)[: _header(size)].cast("q")
         self.bytes = torch.frombuffer(memory, dtype=torch.uint8, offset=_header(size)).view(SLOTS, size, slot_bytes)
-        self.posted = [rank * LINE for rank in range(size)]
-        self.closed = [(size + rank) * LINE for rank in range(size)]
         self.last = 0
-        self.on_their_way: list[int] = []
+        self.last_slot = 0
+        self.newest = [0] * SLOTS
+        self.taken: set[int] = set()
 
     def post(self, tensor: Tensor) -> Posted | None:
-        number = self.last + 1
-        if number - SLOTS in self.on_their_way:
+        free = [slot for slot in range(SLOTS) if slot not in self.taken]
+        if not free:
             return None
-        self.wait_for(self.closed, number - SLOTS)
-        self.place(number, self.rank, tensor.numel(), tensor.dtype).copy_(tensor.flatten())
-        self.counters[self.posted[self.rank]] = self.last = number
-        self.on_their_way.append(number)
-        return Posted(self, number, tensor)
+        # Not the last one, which others may still read; else the first, for memory that is never touched costs nothing.
+        slot = next((slot for slot in free if slot != self.last_slot), free[0])
+        self.wait_for(CLOSED, slot, self.newest[slot])
+        self.place(slot, self.rank, tensor.numel(), tensor.dtype).copy_(tensor.flatten())
+        self.last += 1
+        self.last_slot, self.newest[slot] = slot, self.last
+        self.counters[self._counter(POSTED, slot, self.rank)] = self.last
+        self.taken.add(slot)
+        return Posted(self, slot, self.last, tensor)
 
-    def place(self, number: int, rank: int, numel: int, dtype: torch.dtype) -> Tensor:
-        return self.bytes[number % SLOTS, rank, : numel * dtype.itemsize].view(dtype)
+    def place(self, slot: int, rank: int, numel: int, dtype: torch.dtype) -> Tensor:
+        return self.bytes[slot, rank, : numel * dtype.itemsize].view(dtype)
 
-    def close(self, number: int) -> None:
-        self.on_their_way.remove(number)
-        self.counters[self.closed[self.rank]] = min(self.on_their_way, default=self.last + 1) - 1
+    def close(self, slot: int, number: int) -> None:
+        self.counters[self._counter(CLOSED, slot, self.rank)] = number
+        self.taken.remove(slot)
 
-    def wait_for(self, counters: list[int], number: int) -> None:
-        """Return when all of these have come to `number`."""
-        for rank, place in enumerate(counters):
+    def _counter(self, kind: int, slot: int, rank: int) -> int:
+        return ((kind * SLOTS + slot) * self.size + rank) * LINE
+
+    def wait_for(self, kind: int, slot: int, number: int) -> None:
+        """Return when every rank's counter has come to `number`."""
+        for rank in range(self.size):
+            place = self._counter(kind, slot, rank)
             if self.counters[place] < number:
                 self._wait(rank, place, number)
 
@@ -149,7 +160,7 @@ class _Region:
 
 
 def _header(size: int) -> int:
-    return -(-2 * size * LINE * 8 // mmap.PAGESIZE) * mmap.PAGESIZE
+    return -(-2 * SLOTS * size * LINE * 8 // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 def _length(size: int, slot_bytes: int) -> int:

@@ -121,6 +121,10 @@ def growing() -> list[int]:
         assert collectives.all_reduce(torch.ones(size), axis).sum().item() == 2.0 * size
         assert axis.memory.region is not None
         slots.append(axis.memory.region.slot_bytes)
+    for _ in range(10):
+        collectives.all_reduce(torch.ones(5), axis)
+    assert axis.memory.region is not None
+    assert sum(number > 0 for number in axis.memory.region.newest) == 2, "one by one they need no more memory"
     context.stop()
     return slots
 
