@@ -118,17 +118,18 @@ def _gelu_tanh_by_blocks(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor
     out, slope = torch.empty_like(rows), torch.empty_like(rows)
     size = max(1, BLOCK * torch.get_num_threads() // width)
     room = torch.empty(4, min(size, len(rows)), width)
-    for first in range(0, len(rows), size):
-        block = slice(first, first + size)
-        z, square, sigmoid, rest = room[:, : len(rows[block])]
-        z.copy_(rows[block])
+    constant = torch.tensor(_SLOPE)
+    for block, to_out, to_slope in zip(rows.split(size), out.split(size), slope.split(size), strict=True):
+        z, square, sigmoid, rest = room[:, : len(block)]
+        z.copy_(block)
         if bias is not None:
             z.add_(bias)
         torch.mul(z, z, out=square)
         torch.addcmul(z, z, square, value=_CUBE, out=sigmoid).mul_(_SLOPE).sigmoid_()
-        out[block] = torch.mul(z, sigmoid, out=rest)
         torch.ops.aten.sigmoid_backward(z, sigmoid, grad_input=rest)  # z s (1 - s)
-        slope[block] = sigmoid.addcmul_(rest, square.mul_(3 * _SLOPE * _CUBE).add_(_SLOPE))
+        torch.add(constant, square, alpha=3 * _SLOPE * _CUBE, out=square)
+        to_out.copy_(z.mul_(sigmoid))
+        to_slope.copy_(sigmoid.addcmul_(rest, square))
     return out.view(x.shape), slope.view(x.shape)
 
 

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 
 Tensor = torch.Tensor
+BLOCK = 1024 * 1024
+"""Elements of a weight gradient that are added at once on CPUs."""
 
 
 class Products(NamedTuple):
@@ -47,7 +49,13 @@ def add_flat(total: Tensor, part: Tensor) -> None:
     total += part
 
 
-def add_product(total: Tensor, grad: Tensor, x: Tensor, add: Callable[[Tensor, Tensor], None] = add_flat) -> None:
+def add_by_blocks(total: Tensor, part: Tensor) -> None:
+    """The same in blocks, for torch makes a copy in total's precision first: one that stays in the cache."""
+    for some_of_total, some in zip(total.split(BLOCK), part.split(BLOCK), strict=True):
+        some_of_total += some
+
+
+def add_product(total: Tensor, grad: Tensor, x: Tensor, add: Callable[[Tensor, Tensor], None] = add_by_blocks) -> None:
     """Add while multiplying, where torch's product can: nothing is rounded or written in between.
 
     add: adds a flat product to a flat total of higher precision, where torch's product cannot

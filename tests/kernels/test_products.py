@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_ds.kernels import products as kernel
 from megatron_ds.kernels.products import FUSED, REFERENCE, Products, add_rows
 from tests.kernels.exact import DTYPES, near, normal
 
@@ -43,8 +44,9 @@ def test_the_three_products(products: Products, shape: tuple[int, ...], turned: 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("total_dtype", [torch.float32, None], ids=["fp32 total", "same total"])
 def test_weight_gradients_add_up_in_place(
-    products: Products, total_dtype: torch.dtype | None, dtype: torch.dtype
+    products: Products, total_dtype: torch.dtype | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(kernel, "BLOCK", 100)
     total_dtype = total_dtype or dtype
     for n, i, o in SHAPES:
         buffer = normal(2 * o, i).to(total_dtype)
