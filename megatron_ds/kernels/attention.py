@@ -42,7 +42,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, pattern: Pat
 
     Shapes: q [sq, b, a, d], k and v [sk, b, k, d], mask [b or 1, a or 1, sq, sk] -> [sq, b, a*d]
     """
-    short = max(q.shape[0], k.shape[0]) <= LONGEST
+    short = 0 < max(q.shape[0], k.shape[0]) <= LONGEST and (q.shape[0] == k.shape[0] or not pattern.causal)
     fixed = mask is None or not mask.requires_grad
     if short and fixed and q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float32) and not dropout:
         out: Tensor = _Blocks.apply(q, k, v, mask, pattern)
@@ -139,17 +139,25 @@ class _Blocks(torch.autograd.Function):
         q, k, v, *kept = ctx.saved_tensors
         (b, heads), (_, group, s, d) = ctx.batch_and_heads, q.shape
         grad = _by_head(grad.reshape(s, b, heads * group, d), heads)
-        dq, dk, dv = q.new_empty(s, b, heads * group, d), torch.zeros_like(k), torch.zeros_like(v)
+        dq = q.new_empty(s, b, heads * group, d)
         places, nothing = dq.view(s, b * heads, group, d), q.new_empty(())
-        for p, (first, last, end) in zip(kept, _blocks(s, k.shape[1], ctx.causal), strict=True):
+        dk = dv = None
+        # The last rows first: they see all columns, so that nothing has to be zeroed for their products.
+        for p, (first, last, end) in reversed(list(zip(kept, _blocks(s, k.shape[1], ctx.causal), strict=True))):
             rows, queries = (t[:, :, first:last].flatten(1, 2) for t in (grad, q))
-            dv[:, :end].baddbmm_(p.mT, rows)
             dp = torch.bmm(rows, v[:, :end].mT)
             # d(scores) = p * (dp - the row's sum of p * dp)
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
             block = torch.baddbmm(nothing, ds, k[:, :end], beta=0, alpha=ctx.scale)
             places[first:last] = block.view(b * heads, -1, last - first, d).permute(2, 0, 1, 3)
-            dk[:, :end].baddbmm_(ds.mT, queries, alpha=ctx.scale)
+            to_keys = torch.baddbmm(nothing, ds.mT, queries, beta=0, alpha=ctx.scale)
+            to_values = torch.bmm(p.mT, rows)
+            if dk is None or dv is None:
+                dk, dv = to_keys, to_values
+            else:  # baddbmm_ into a part would multiply matrix by matrix
+                dk[:, :end] += to_keys
+                dv[:, :end] += to_values
+        assert dk is not None and dv is not None
         to_k, to_v = (t.view(b, heads, -1, d).permute(2, 0, 1, 3) for t in (dk, dv))
         return dq, to_k, to_v, None, None
 
