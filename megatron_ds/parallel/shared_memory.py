@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from megatron_ds import log
+
 Tensor = torch.Tensor
 
 HERE = Path("/dev/shm")
@@ -46,7 +48,7 @@ class SharedMemory:
     def __init__(self, timeout_seconds: float = 600.0):
         self.timeout_seconds = timeout_seconds
         self.region: _Region | None = None
-        self.largest = LARGEST if platform.machine() == "x86_64" and HERE.is_dir() else 0
+        self.largest = LARGEST
 
     def post(self, tensor: Tensor, rank: int, size: int, tell: Callable[[bytes], list[bytes]]) -> Posted | None:
         """Show a tensor to the other ranks; None if it has to go another way, which then holds for all of them.
@@ -62,6 +64,7 @@ class SharedMemory:
             opened = _open(rank, size, slot_bytes, self.timeout_seconds, tell)
             if opened is None:
                 self.largest = 0 if self.region is None else self.region.slot_bytes
+                log.info(f" > {size} ranks share no memory for tensors of {slot_bytes >> 10} KiB: gloo moves them")
                 return None
             self.region = opened
         return self.region.post(tensor)
@@ -180,9 +183,10 @@ def _open(
     rank: int, size: int, slot_bytes: int, timeout_seconds: float, tell: Callable[[bytes], list[bytes]]
 ) -> _Region | None:
     """Map a new file on every rank; None if one of them cannot, as on another machine."""
-    file, path = _create(_length(size, slot_bytes)) if rank == 0 else (None, b"")
+    able = platform.machine() == "x86_64"  # a matter for all of them, who may differ
+    file, path = _create(_length(size, slot_bytes)) if able and rank == 0 else (None, b"")
     path = tell(path)[0]
-    if rank and path:
+    if able and rank and path:
         try:
             file = os.open(path, os.O_RDWR)
         except OSError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_ds import log
 from megatron_ds.parallel import collectives, context, shared_memory
 from megatron_ds.parallel.config import ParallelConfig
 from megatron_ds.parallel.context import Axis
@@ -136,18 +138,19 @@ def test_it_grows_with_what_is_sent_and_leaves_no_file() -> None:
     assert set(shared_memory.HERE.glob("megatron_ds-*")) <= before
 
 
-def on_two_machines(cannot: int) -> bool:
-    """Rank `cannot` finds no such file, as on another machine; or nobody finds room."""
-    axis = meet(2)
-    if axis.rank == cannot:
+def on_two_machines(cannot: int, processor: str) -> tuple[bool, list[str]]:
+    """Rank `cannot` finds no such file, as on another machine, or has another processor."""
+    axis, said = meet(2), list[str]()
+    log.info = said.append
+    if axis.rank == cannot and processor != platform.machine():
+        platform.machine = lambda: processor
+    elif axis.rank == cannot:
         shared_memory.HERE = Path("/proc")
-        os_open, os.open = os.open, refuse  # type: ignore[assignment]
+        os.open = refuse  # type: ignore[assignment]
     assert collectives.all_reduce(torch.ones(5), axis).tolist() == [2.0] * 5
-    if axis.rank == cannot:
-        os.open = os_open
     assert collectives.reduce_scatter(torch.ones(2, 5), axis).tolist() == [[2.0] * 5]
     context.stop()
-    return axis.memory.region is None
+    return axis.memory.region is None, said
 
 
 def refuse(path: str, flags: int, mode: int = 0o777) -> int:
@@ -155,8 +158,10 @@ def refuse(path: str, flags: int, mode: int = 0o777) -> int:
 
 
 @pytest.mark.parametrize("cannot", [0, 1])
-def test_ranks_that_share_no_memory_go_through_gloo(cannot: int) -> None:
-    assert run_ranks(on_two_machines, 2, cannot) == [True, True]
+@pytest.mark.parametrize("processor", [platform.machine(), "aarch64"], ids=["machine", "processor"])
+def test_ranks_that_share_no_memory_go_through_gloo(cannot: int, processor: str) -> None:
+    said = [" > 2 ranks share no memory for tensors of 64 KiB: gloo moves them"]
+    assert run_ranks(on_two_machines, 2, cannot, processor) == [(True, said)] * 2
 
 
 def lonely(notes: Path, how: str) -> None:
