@@ -118,7 +118,7 @@ def _gelu_tanh_by_blocks(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor
     out, slope = torch.empty_like(rows), torch.empty_like(rows)
     size = max(1, BLOCK * torch.get_num_threads() // width)
     room = torch.empty(4, min(size, len(rows)), width)
-    constant = torch.tensor(_SLOPE)
+    constant = torch.full((), _SLOPE)
     for block, to_out, to_slope in zip(rows.split(size), out.split(size), slope.split(size), strict=True):
         z, square, sigmoid, rest = room[:, : len(block)]
         z.copy_(block)
