@@ -111,46 +111,46 @@ class _Blocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, pattern: Pattern) -> Tensor:
         (s, b, a, d), heads = q.shape, k.shape[2]
-        out = q.new_empty(s, b * a, d)
-        rows = _by_head(q, heads)
-        keys, values = (_by_head(t, heads).flatten(1, 2) for t in (k, v))
+        out = q.new_empty(s, b, a * d)
+        keys, values = _by_head(k, heads), _by_head(v, heads)
         columns = keys.float()
         scale = 1 / math.sqrt(d) if pattern.scale is None else pattern.scale
-        ctx.causal, ctx.scale, ctx.batch_and_heads = pattern.causal and mask is None, scale, (b, heads)
-        kept, places = [], out.view(s, b * heads, a // heads, d)
+        ctx.causal, ctx.scale, ctx.heads = pattern.causal and mask is None, scale, heads
+        queries, kept, places = [], [], out.view(s, b * heads, a // heads, d)
         later = torch.full((ROWS, ROWS), -torch.inf, device=q.device).triu_(1) if ctx.causal else None
         for first, last, end in _blocks(s, len(k), ctx.causal):
-            part = rows[:, :, first:last].float().flatten(1, 2)
+            queries.append(_by_head(q[first:last], heads))
+            part = queries[-1].float()
             scores = torch.baddbmm(part.new_empty(()), part, columns[:, :end].mT, beta=0, alpha=scale)
             if mask is not None:
                 _apply(scores.view(b, a, last - first, end), mask[:, :, first:last])
             elif later is not None:
                 scores.view(b * heads, -1, last - first, end)[..., first:] += later[: last - first, : last - first]
             kept.append(torch.softmax(scores, -1).to(q.dtype))
-            block = torch.bmm(kept[-1], values[:, :end])
-            places[first:last] = block.view(b * heads, -1, last - first, d).permute(2, 0, 1, 3)
+            places[first:last] = _by_row(torch.bmm(kept[-1], values[:, :end]), last - first)
         # Not q, k and v, which may be parts of one tensor that then lives no longer.
-        ctx.save_for_backward(rows, keys, values, *kept)
-        return out.view(s, b, a * d)
+        ctx.save_for_backward(keys, values, *queries, *kept)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *kept = ctx.saved_tensors
-        (b, heads), (_, group, s, d) = ctx.batch_and_heads, q.shape
-        grad = _by_head(grad.reshape(s, b, heads * group, d), heads)
-        dq = q.new_empty(s, b, heads * group, d)
-        places, nothing = dq.view(s, b * heads, group, d), q.new_empty(())
-        dk = dv = None
-        # The last rows first: they see all columns, so that nothing has to be zeroed for their products.
-        for p, (first, last, end) in reversed(list(zip(kept, _blocks(s, k.shape[1], ctx.causal), strict=True))):
-            rows, queries = (t[:, :, first:last].flatten(1, 2) for t in (grad, q))
-            dp = torch.bmm(rows, v[:, :end].mT)
+        k, v, *others = ctx.saved_tensors
+        queries, kept = others[: len(others) // 2], others[len(others) // 2 :]
+        (s, b, _), d, heads = grad.shape, k.shape[-1], ctx.heads
+        grad = grad.view(s, b, -1, d)
+        dq, nothing = torch.empty_like(grad), grad.new_empty(())
+        places, dk, dv = dq.view(s, b * heads, -1, d), None, None
+        blocks = zip(queries, kept, _blocks(s, k.shape[1], ctx.causal), strict=True)
+        # The last rows first: they see all columns, so that nothing has to be zeroed for their products. bf16 products
+        # copy what is not dense, and several times what is also transposed.
+        for q, p, (first, last, end) in reversed(list(blocks)):
+            rows = _by_head(grad[first:last], heads)
+            dp = torch.bmm(rows, v[:, :end].contiguous().mT)
             # d(scores) = p * (dp - the row's sum of p * dp)
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
-            block = torch.baddbmm(nothing, ds, k[:, :end], beta=0, alpha=ctx.scale)
-            places[first:last] = block.view(b * heads, -1, last - first, d).permute(2, 0, 1, 3)
-            to_keys = torch.baddbmm(nothing, ds.mT, queries, beta=0, alpha=ctx.scale)
+            places[first:last] = _by_row(torch.baddbmm(nothing, ds, k[:, :end], beta=0, alpha=ctx.scale), last - first)
+            to_keys = torch.baddbmm(nothing, ds.mT, q, beta=0, alpha=ctx.scale)
             to_values = torch.bmm(p.mT, rows)
             if dk is None or dv is None:
                 dk, dv = to_keys, to_values
@@ -163,8 +163,13 @@ class _Blocks(torch.autograd.Function):
 
 
 def _by_head(t: Tensor, heads: int) -> Tensor:
-    """[s, b, a, d] -> [b*k, a/k, s, d]"""
-    return t.permute(1, 2, 0, 3).reshape(t.shape[1] * heads, -1, t.shape[0], t.shape[-1])
+    """[s, b, a, d] -> [b*k, (a/k)*s, d]"""
+    return t.permute(1, 2, 0, 3).reshape(t.shape[1] * heads, -1, t.shape[-1])
+
+
+def _by_row(t: Tensor, rows: int) -> Tensor:
+    """[b*k, (a/k)*rows, d] -> [rows, b*k, a/k, d]"""
+    return t.view(len(t), -1, rows, t.shape[-1]).permute(2, 0, 1, 3)
 
 
 def _blocks(queries: int, keys: int, causal: bool) -> Iterator[tuple[int, int, int]]:

@@ -53,10 +53,9 @@ class _LayerNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, deviation = ctx.saved_tensors
-        shape, only_x = list(weight.shape), [True, False, False]
-        grad_x = torch.ops.aten.native_layer_norm_backward(
-            grad, x, shape, mean, deviation, weight.float(), None, only_x
-        )[0]
-        normed = torch.sub(x, mean).mul_(deviation).mul_(grad)  # fp32, as mean and deviation are
-        grad_weight = normed.flatten(0, -2).sum(0).to(weight.dtype)
-        return grad_x, grad_weight, None if bias is None else grad.flatten(0, -2).sum(0), None
+        wide_bias = None if bias is None else bias.float()
+        needed = [True, True, bias is not None]
+        to_x, to_weight, to_bias = torch.ops.aten.native_layer_norm_backward(
+            grad.float(), x.float(), list(weight.shape), mean, deviation, weight.float(), wide_bias, needed
+        )
+        return to_x.to(x.dtype), to_weight.to(weight.dtype), None if bias is None else to_bias.to(bias.dtype), None

@@ -3,10 +3,10 @@
 Note [From autograd gradient to optimizer shard]
     Parameters are views of a bucket's flat buffer, in the reverse order of the forward pass, so that a bucket fills up
     while the backward runs. ZeRO-0 and ZeRO-1: linears and embeddings add the gradients of their weights into the
-    bucket's fp32 view themselves (`accumulate`); any other is added as soon as autograd has it (fp32 parameters:
-    autograd itself adds in place). In the last backward of a step the buckets are *armed*: one whose gradients are
-    complete starts its reduction over dp (and cp) at once. ZeRO-0 sums the whole bucket on every rank; ZeRO-1 leaves
-    each rank the sum of its own shard.
+    bucket's fp32 view themselves (`accumulate`); into any other autograd adds, for that view is the parameter's `grad`
+    (of 16-bit parameters too, by torch's `grad_dtype`). In the last backward of a step the buckets are *armed*: one
+    whose gradients are complete starts its reduction over dp (and cp) at once. ZeRO-0 sums the whole bucket on every
+    rank; ZeRO-1 leaves each rank the sum of its own shard.
     ZeRO-2 keeps fp32 gradients of the own shard only. There every backward is armed: a bucket whose gradients are
     complete is reduced slice by slice through a small fp32 buffer and added to the shard, and the gradients that waited
     go. One that comes again before (zbh1: a later micro-batch's, by I) is added to the first in fp32.
@@ -51,7 +51,7 @@ class Buckets:
         grad_dtype: torch.dtype,
         device: torch.device,
     ):
-        self.overlap, self.sharded = overlap or zero_stage >= 2, zero_stage >= 1
+        self.overlap, self.sharded = (overlap and dp.size > 1) or zero_stage >= 2, zero_stage >= 1
         self.armed: set[int] = set()
         self.on_the_way: list[Bucket] = []
         self.all: list[Bucket] = []
@@ -82,9 +82,11 @@ class Buckets:
         param = nn.Parameter(self.view(name, shape))
         setattr(model.get_submodule(owner), leaf, param)
         self.names[id(param)] = name
-        if bucket.autograd_adds:
+        if not bucket.keeps_shard_only:
+            param.grad_dtype = bucket.grads.dtype
             param.grad = bucket.main_grad(name, shape)
-        param.register_post_accumulate_grad_hook(partial(self._on_grad, name))
+        if self.overlap:
+            param.register_post_accumulate_grad_hook(partial(self._on_grad, name))
 
     def view(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """The named parameter in its flat buffer."""
@@ -96,7 +98,7 @@ class Buckets:
         if param.grad is None:  # it comes by `accumulate`
             return
         bucket = self.of[name]
-        if not bucket.autograd_adds:
+        if bucket.keeps_shard_only:
             bucket.take(name, param.grad)
             param.grad = None
         self._has(bucket, name)
