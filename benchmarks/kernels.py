@@ -166,7 +166,8 @@ def _linear(w: Workload, make: Maker) -> list[Op]:
            F.linear, (inner, 0), flops),
         Op("linear, input's gradient", shape, (grad, weight), lambda t: t.kernels.linear.grad_input, torch.mm,
            (inner, 0), flops),
-        Op("linear, weight's gradient added", shape, (total, grad, x), lambda t: t.kernels.linear.add_grad_weight, add,
+        Op("linear, weight's gradient added", shape, (total, grad, x),
+           lambda t: lambda total, grad, x: t.kernels.linear.add_grad_weight(total, grad, x, 1), add,
            (x.nbytes + grad.nbytes + 2 * total.nbytes, 0), flops),
     ]  # fmt: skip
 

@@ -94,15 +94,17 @@ def adamw(parts: Sequence[Part], step: Tensor, scale: Tensor, hyper: Hyper) -> N
         torch._foreach_copy_([model for model, _ in copied], [master for _, master in copied])
 
 
-def add_product(total: Tensor, grad_out: Tensor, x: Tensor) -> None:
-    """total += grad_out^T x, in place; through apex where total is fp32.
+def add_product(total: Tensor, grad_out: Tensor, x: Tensor, beta: int) -> None:
+    """total = beta total + grad_out^T x, in place; through apex, which only adds, where total is fp32.
 
     Shapes: total [o, i], grad_out [n, o], x [n, i]
     """
     if total.dtype != torch.float32:
-        return products.add_product(total, grad_out, x)
+        return products.add_product(total, grad_out, x, beta)
     # The kernel reads plain addresses, and both operands in x's type.
     assert total.is_contiguous() and grad_out.dtype == x.dtype
+    if not beta:
+        total.zero_()
     if x.numel():
         module = importlib.import_module("fused_weight_gradient_mlp_cuda")
         module.wgrad_gemm_accum_fp32(x.contiguous(), grad_out.contiguous(), total)

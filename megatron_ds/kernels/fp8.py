@@ -174,10 +174,11 @@ class _Fp8:
             return self.plain.grad_weight(grad, x)
         return self._grad_weight(grad, x, x.dtype)
 
-    def add_grad_weight(self, total: Tensor, grad: Tensor, x: Tensor) -> None:
+    def add_grad_weight(self, total: Tensor, grad: Tensor, x: Tensor, beta: int) -> None:
         if refuses(_of_weight(grad, x)):
-            return self.plain.add_grad_weight(total, grad, x)
-        total.add_(self._grad_weight(grad, x, total.dtype))
+            return self.plain.add_grad_weight(total, grad, x, beta)
+        part = self._grad_weight(grad, x, total.dtype)
+        total.add_(part) if beta else total.copy_(part)
 
     def _grad_weight(self, grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
         kept = None if torch.compiler.is_compiling() else self.kept.take(grad)

@@ -25,8 +25,8 @@ class Products(NamedTuple):
     """grad weight"""
     grad_weight: Callable[[Tensor, Tensor], Tensor]
     """grad^T x"""
-    add_grad_weight: Callable[[Tensor, Tensor, Tensor], None]
-    """total += grad^T x, summed in total's precision"""
+    add_grad_weight: Callable[[Tensor, Tensor, Tensor, int], None]
+    """total = beta total + grad^T x, summed in total's precision; beta is 0 or 1, and with 0 total is not read"""
 
 
 def grad_input(grad: Tensor, weight: Tensor) -> Tensor:
@@ -39,9 +39,10 @@ def grad_weight(grad: Tensor, x: Tensor) -> Tensor:
     return torch.mm(grad.t(), x)
 
 
-def add_after(total: Tensor, grad: Tensor, x: Tensor) -> None:
+def add_after(total: Tensor, grad: Tensor, x: Tensor, beta: int) -> None:
     """Multiply, round to x's precision, then add."""
-    total.add_(torch.mm(grad.t(), x))
+    part = torch.mm(grad.t(), x)
+    total.add_(part) if beta else total.copy_(part)
 
 
 def add_flat(total: Tensor, part: Tensor) -> None:
@@ -55,15 +56,19 @@ def add_by_blocks(total: Tensor, part: Tensor) -> None:
         some_of_total += some
 
 
-def add_product(total: Tensor, grad: Tensor, x: Tensor, add: Callable[[Tensor, Tensor], None] = add_by_blocks) -> None:
+def add_product(
+    total: Tensor, grad: Tensor, x: Tensor, beta: int, add: Callable[[Tensor, Tensor], None] = add_by_blocks
+) -> None:
     """Add while multiplying, where torch's product can: nothing is rounded or written in between.
 
     add: adds a flat product to a flat total of higher precision, where torch's product cannot
     """
     if total.dtype == x.dtype:
-        total.addmm_(grad.t(), x)
+        total.addmm_(grad.t(), x, beta=beta)
     elif total.is_cuda:
-        torch.addmm(total, grad.t(), x, out_dtype=total.dtype, out=total)
+        torch.addmm(total, grad.t(), x, beta=beta, out_dtype=total.dtype, out=total)
+    elif not beta:
+        total.copy_(torch.mm(grad.t(), x))
     else:
         add(total.view(-1), torch.mm(grad.t(), x).view(-1))
 

@@ -155,12 +155,14 @@ def _adamw(kernel: Any, make: Make) -> list[Tensor]:
 def _linear(kernel: Any, make: Make) -> list[Tensor]:
     x, weight, grad = make(32, 64, grad=False), make(48, 64, grad=False), make(32, 48, grad=False)
     total = make(48, 64, grad=False, dtype=torch.float32)
-    kernel.add_grad_weight(total, grad, x)
+    written = torch.full_like(total, torch.nan)
+    kernel.add_grad_weight(written, grad, x, 0)
     narrow = make(48, 64, grad=False)  # of --grad-reduce-in-bf16
-    kernel.add_grad_weight(narrow, grad, x)
-    total = total.to(make.dtype)  # the reference rounds to that before it adds
+    for each in (total, narrow):
+        kernel.add_grad_weight(each, grad, x, 1)
+    total, written = total.to(make.dtype), written.to(make.dtype)  # the reference rounds to that before it adds
     made = [kernel.forward(x, weight, None), kernel.grad_input(grad, weight), kernel.grad_weight(grad, x)]
-    return [total, narrow, *made]
+    return [total, written, narrow, *made]
 
 
 def _attention(kernel: Attending, make: Make) -> list[Tensor]:

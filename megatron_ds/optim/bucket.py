@@ -6,7 +6,9 @@ The whole story is in buckets.py, Note [From autograd gradient to optimizer shar
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Set
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ SMALLEST_SLICE = 250_000
 class Bucket:
     """Contiguous parameters of one chunk, their gradients, and the range that this rank's optimizer owns.
 
+    blank: parameters whose places in `grads` hold the last step's numbers, which the first gradient will overwrite.
     Shapes: params [n] with n a multiple of dp; shard = elements [start, stop); grads [n], or only the shard's (ZeRO-2)
     """
 
@@ -39,6 +42,7 @@ class Bucket:
     partial_over: Axis | None
     waiting: set[str] = field(default_factory=set)
     pending: list[Any] = field(default_factory=list)
+    blank: set[str] = field(default_factory=set)
     reduced: bool = False
     gathering: Any = None
     arrived: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -58,6 +62,28 @@ class Bucket:
         offset = self.offsets[name]
         return self.grads[offset : offset + torch.Size(shape).numel()].view(shape)
 
+    def clear(self, overwritten: Set[str]) -> None:
+        """Forget the last step's gradients; those that will be overwritten are left as they are until then."""
+        if self.keeps_shard_only:
+            self.grads.zero_()
+        else:
+            self.blank = self.offsets.keys() & overwritten
+            self._zero(self.offsets.keys() - self.blank)
+
+    def _zero(self, names: Set[str]) -> None:
+        starts = pairwise([*self.offsets.values(), len(self.grads)])
+        parts = [
+            self.grads[start:stop] for name, (start, stop) in zip(self.offsets, starts, strict=True) if name in names
+        ]
+        if parts:
+            torch._foreach_zero_(parts)
+
+    def is_first(self, name: str) -> bool:
+        """True if the parameter's gradient is blank, which it is no longer: the caller writes it."""
+        first = name in self.blank
+        self.blank.discard(name)
+        return first
+
     @property
     def shard_grads(self) -> torch.Tensor:
         """Gradients of the elements that this rank's optimizer owns."""
@@ -67,6 +93,8 @@ class Bucket:
         """Start summing the gradients over dp."""
         assert not self.reduced
         self.reduced = True
+        self._zero(self.blank)
+        self.blank = set()
         if self.keeps_shard_only:
             self._reduce_by_slices()
         elif self.sharded:

@@ -4,9 +4,10 @@ Note [From autograd gradient to optimizer shard]
     Parameters are views of a bucket's flat buffer, in the reverse order of the forward pass, so that a bucket fills up
     while the backward runs. ZeRO-0 and ZeRO-1: linears and embeddings add the gradients of their weights into the
     bucket's fp32 view themselves (`accumulate`); into any other autograd adds, for that view is the parameter's `grad`
-    (of 16-bit parameters too, by torch's `grad_dtype`). In the last backward of a step the buckets are *armed*: one
-    whose gradients are complete starts its reduction over dp (and cp) at once. ZeRO-0 sums the whole bucket on every
-    rank; ZeRO-1 leaves each rank the sum of its own shard.
+    (of 16-bit parameters too, by torch's `grad_dtype`). The first product of a step overwrites, from the second step on
+    when it is known to come: that saves writing and reading zeros. Such a weight gets nothing from autograd.
+    In the last backward of a step the buckets are *armed*: one whose gradients are complete starts its reduction over
+    dp (and cp) at once. ZeRO-0 sums the whole bucket on every rank; ZeRO-1 leaves each rank the sum of its own shard.
     ZeRO-2 keeps fp32 gradients of the own shard only. There every backward is armed: a bucket whose gradients are
     complete is reduced slice by slice through a small fp32 buffer and added to the shard, and the gradients that waited
     go. One that comes again before (zbh1: a later micro-batch's, by I) is added to the first in fp32.
@@ -53,6 +54,7 @@ class Buckets:
     ):
         self.overlap, self.sharded = (overlap and dp.size > 1) or zero_stage >= 2, zero_stage >= 1
         self.armed: set[int] = set()
+        self.overwritten: set[str] = set()
         self.on_the_way: list[Bucket] = []
         self.all: list[Bucket] = []
         self.of: dict[str, Bucket] = {}
@@ -116,7 +118,9 @@ class Buckets:
         if bucket.keeps_shard_only:
             bucket.take(name, products.grad_weight(grad, x))
         else:
-            products.add_grad_weight(bucket.main_grad(name, tuple(weight.shape)), grad, x)
+            total, beta = bucket.main_grad(name, tuple(weight.shape)), 0 if bucket.is_first(name) else 1
+            products.add_grad_weight(total, grad, x, beta)
+            self.overwritten.add(name)
         if not more:
             self._has(bucket, name)
 
@@ -131,7 +135,8 @@ class Buckets:
         if bucket.keeps_shard_only:
             bucket.take(name, torch.ops.aten.embedding_dense_backward(rows, ids, len(weight), -1, False))
         else:
-            add_rows(bucket.main_grad(name, tuple(weight.shape)), ids, rows)
+            total = bucket.main_grad(name, tuple(weight.shape))
+            add_rows(total.zero_() if bucket.is_first(name) else total, ids, rows)
         if not more:
             self._has(bucket, name)
 
@@ -154,7 +159,7 @@ class Buckets:
     def zero(self) -> None:
         """Forget the last step's gradients."""
         for bucket in self:
-            bucket.grads.zero_()
+            bucket.clear(self.overwritten)
 
     def arm(self, chunk: int, still_missing: Sequence[torch.Tensor] | None = None) -> None:
         """The next backward completes the chunk's gradients: reduce each bucket as soon as it is full."""

@@ -130,12 +130,15 @@ def test_add_product(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> Non
     torch.manual_seed(0)
     before, grad, x = torch.randn(3, 5), torch.randn(3, 7).to(dtype).t(), torch.randn(7, 5).to(dtype)
     total = before.clone()
-    apex.add_product(total, grad, x)
+    apex.add_product(total, grad, x, 1)
     close(total, before.double() + torch.einsum("no,ni->oi", grad.double(), x.double()))
-    apex.add_product(total, grad[:0], x[:0])
+    apex.add_product(total, grad[:0], x[:0], 1)
+    expected = total - before
+    apex.add_product(total.fill_(torch.nan), grad, x, 0)
+    close(total, expected)
     narrow = before.to(dtype if dtype != torch.float32 else torch.bfloat16)  # --grad-reduce-in-bf16
     expected = narrow.double() + torch.einsum("no,ni->oi", grad.double(), x.double())
-    apex.add_product(narrow, grad, x)
+    apex.add_product(narrow, grad, x, 1)
     close(narrow, expected)
 
 

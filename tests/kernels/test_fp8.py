@@ -43,7 +43,7 @@ def built(format_: str = "hybrid", recipe: str = "tensorwise", plain: Products =
 
 def all_products(by: Products, c: Case) -> dict[str, Tensor]:
     total = torch.full(c.weight.shape, 0.5)
-    by.add_grad_weight(total, c.grad, c.x)
+    by.add_grad_weight(total, c.grad, c.x, 1)
     return {
         "y": by.forward(c.x, c.weight, c.bias),
         "dx": by.grad_input(c.grad, c.weight),
@@ -162,8 +162,11 @@ def test_the_scaled_product_is_summed_in_fp32(by_row: bool) -> None:
     product = multiply(left, right, torch.float32)
     assert rms(product - expected) < (2e-3 if by_row else 1e-6) * rms(expected)  # by rows it comes rounded to bf16
     total = torch.full_like(product, 0.5)
-    built("hybrid", "rowwise" if by_row else "tensorwise").add_grad_weight(total, c.grad, c.x)
+    by = built("hybrid", "rowwise" if by_row else "tensorwise")
+    by.add_grad_weight(total, c.grad, c.x, 1)
     assert torch.equal(total, 0.5 + product)
+    by.add_grad_weight(total.fill_(NAN), c.grad, c.x, 0)
+    assert torch.equal(total, product)
 
 
 def test_operands_may_be_views() -> None:
@@ -265,7 +268,7 @@ def test_products_on_a_gpu(format_: str, recipe: str) -> None:
     p, here = fp8_products(format_, recipe, products.FUSED, device), case(256, 512, 384)
     there = Case(*(t.to(device) for t in here))
     total = torch.full(here.weight.shape, 0.5, device=device)
-    p.add_grad_weight(total, there.grad, there.x)
+    p.add_grad_weight(total, there.grad, there.x, 1)
     found = {
         "y": p.forward(there.x, there.weight, there.bias),
         "dx": p.grad_input(there.grad, there.weight),

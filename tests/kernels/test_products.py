@@ -43,19 +43,23 @@ def test_the_three_products(products: Products, shape: tuple[int, ...], turned: 
 @BOTH
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("total_dtype", [torch.float32, None], ids=["fp32 total", "same total"])
+@pytest.mark.parametrize("beta", [0, 1])
 def test_weight_gradients_add_up_in_place(
-    products: Products, total_dtype: torch.dtype | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    products: Products, beta: int, total_dtype: torch.dtype | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """beta: of the first of three products."""
     monkeypatch.setattr(kernel, "BLOCK", 100)
     total_dtype = total_dtype or dtype
     for n, i, o in SHAPES:
         buffer = normal(2 * o, i).to(total_dtype)
         total, beside = buffer[:o], buffer[o:].clone()
-        expected = total.double()
+        expected = total.double() * beta
+        if not beta:
+            total.fill_(torch.nan)
         for batch in range(3):
             x, grad = normal(n, i, seed=batch).to(dtype), normal(n, o, seed=10 + batch).to(dtype)
             expected = expected + torch.einsum("no,ni->oi", grad.double(), x.double())
-            products.add_grad_weight(total, grad, x)
+            products.add_grad_weight(total, grad, x, beta if batch == 0 else 1)
         near("total", total, expected, 16 if dtype == torch.float32 else 4, torch.finfo(dtype).eps)
         assert torch.equal(buffer[o:], beside)
 

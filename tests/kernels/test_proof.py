@@ -217,9 +217,9 @@ def test_branches_are_tried_beside_an_fp32_residual() -> None:
 def test_bf16_totals_and_gradients_are_tried_in_a_bf16_run() -> None:
     """Of --grad-reduce-in-bf16; in no other run, where a kernel may have none."""
 
-    def add(total: Tensor, grad: Tensor, x: Tensor) -> None:
+    def add(total: Tensor, grad: Tensor, x: Tensor, beta: int) -> None:
         assert total.dtype == torch.float32
-        total += grad.float().t() @ x.float()
+        total.addmm_(grad.float().t(), x.float(), beta=beta)
 
     def step(parts: Any, number: Tensor, scale: Tensor, hyper: adamw.Hyper) -> None:
         assert all(part.grad.dtype == torch.float32 for part in parts)

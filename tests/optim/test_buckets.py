@@ -17,7 +17,7 @@ from megatron_ds.parallel.context import Axis
 from megatron_ds.parallel.spec import Init
 from tests.helpers.ranks import run_ranks
 
-ROWS, H, N, STEPS, MICROBATCHES = 7, 3, 5, 2, 2
+ROWS, H, N, STEPS, MICROBATCHES = 7, 3, 5, 3, 2
 """Of the table; positions that are looked up; 7 x 3 elements leave the shards of two ranks unequal without padding."""
 
 
