@@ -34,47 +34,42 @@ class _BiasDropoutAdd(torch.autograd.Function):
         assert x.shape == residual.shape and 0 <= dropout <= 1
         ctx.dropout = dropout
         ctx.dtypes = x.dtype, None if bias is None else bias.dtype, residual.dtype
-        x, residual = x.contiguous(), residual.contiguous()
-        bias = None if bias is None else bias.contiguous()
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device) if dropout else None
-        y = torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype))
-        if y.numel():
-            h = x.shape[-1]
-            rows, tile = y.numel() // h, pieces(h)
-            _forward[tiles(rows, h, tile)](
-                x, bias, residual, seed, y, rows, h, dropout, _survivors_factor(dropout),
-                ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
-            )  # fmt: skip
         ctx.save_for_backward(seed)
-        return y
+        return _launch(x, bias, residual, seed, dropout, torch.promote_types(x.dtype, residual.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (seed,) = ctx.saved_tensors
         x_dtype, bias_dtype, residual_dtype = ctx.dtypes
-        if seed is None or not grad.numel():
-            dx = grad.to(x_dtype)
-        else:
-            grad = grad.contiguous()
-            dx, h = torch.empty_like(grad, dtype=x_dtype), grad.shape[-1]
-            rows, tile = grad.numel() // h, pieces(h)
-            _backward[tiles(rows, h, tile)](
-                grad, seed, dx, rows, h, ctx.dropout, _survivors_factor(ctx.dropout),
-                ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
-            )  # fmt: skip
+        dx = grad.to(x_dtype) if seed is None else _launch(grad, None, None, seed, ctx.dropout, x_dtype)
         dbias = None
         if ctx.needs_input_grad[1]:
             dbias = column_sums(dx).to(bias_dtype)
         return dx, dbias, grad.to(residual_dtype), None
 
 
-def _survivors_factor(dropout: float) -> float:
-    return 1 / (1 - dropout) if dropout < 1 else 0.0
+def _launch(
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor | None, dropout: float, dtype: torch.dtype
+) -> Tensor:
+    """residual + dropout(x + bias) in that precision; the same seed drops the same."""
+    x = x.contiguous()
+    bias, residual = (None if t is None else t.contiguous() for t in (bias, residual))
+    y = torch.empty_like(x, dtype=dtype)
+    if y.numel():
+        h = x.shape[-1]
+        rows, tile = y.numel() // h, pieces(h)
+        factor = 1 / (1 - dropout) if dropout < 1 else 0.0
+        _kernel[tiles(rows, h, tile)](
+            x, bias, residual, seed, y, rows, h, dropout, factor,
+            ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
+        )  # fmt: skip
+    return y
 
 
 @jit
-def _forward(
+def _kernel(
     x: tl.tensor,
     bias: tl.tensor,
     residual: tl.tensor,
@@ -97,27 +92,6 @@ def _forward(
         value += tl.load(bias + column, mask=column < h, other=0.0).to(tl.float32)
     if seed is not None:
         value = tl.where(tl.rand(tl.load(seed), at) >= dropout, value * factor, 0.0)
-    value += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    if residual is not None:
+        value += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + at, value.to(y.dtype.element_ty), mask=inside)
-
-
-@jit
-def _backward(
-    grad: tl.tensor,
-    seed: tl.tensor,
-    dx: tl.tensor,
-    rows: tl.tensor,
-    h: tl.tensor,
-    dropout: tl.tensor,
-    factor: tl.tensor,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-) -> None:
-    blocks = tl.cdiv(h, COLUMNS)
-    row = (tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    column = (tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS))[None, :]
-    inside = (row < rows) & (column < h)
-    at = row * h + column
-    value = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
-    value = tl.where(tl.rand(tl.load(seed), at) >= dropout, value * factor, 0.0)
-    tl.store(dx + at, value.to(dx.dtype.element_ty), mask=inside)
