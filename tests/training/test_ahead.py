@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import shutil
-import signal
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,10 +17,10 @@ from megatron_ds.errors import DataError
 from megatron_ds.optim.buckets import Buckets
 from megatron_ds.training import loop, step
 from megatron_ds.training.loop import steps_ahead
-from tests.helpers.ranks import RankFailed, run_ranks
-from tests.helpers.recipe import Value, as_rank, run, write_tokens
+from tests.helpers.ranks import run_ranks
+from tests.helpers.recipe import Value, run, write_tokens
 from tests.parity.harness import STYLES, arguments, batches, fresh, start, steps
-from tests.training.test_end_to_end import ENDLESS, check_stopped, flags, metrics, untimed, wait_for_iterations, weights
+from tests.training.test_end_to_end import flags, metrics, untimed, weights
 
 
 def run_ahead(monkeypatch: pytest.MonkeyPatch, count: int) -> list[str]:
@@ -149,27 +146,6 @@ def test_steps_before_a_fault_in_the_data_are_reported(
     outcome = run(flags(data, tmp_path))
     assert outcome.code == 3 and "token id 999" in outcome.err
     assert [row["iteration"] for row in metrics(tmp_path)] == [1, 2, 3]
-
-
-def told_to_stop(argv: list[str], out: Path) -> str:
-    """Run on every rank, one step ahead: train until rank 1, and only it, gets the signal."""
-
-    def send() -> None:
-        wait_for_iterations(out, 3)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    loop.steps_ahead = lambda *_: 1
-    if os.environ["RANK"] == "1":
-        threading.Thread(target=send, daemon=True).start()
-    return as_rank(argv)
-
-
-def test_one_rank_told_to_stop_stops_all(data: str, tmp_path: Path) -> None:
-    argv = flags(data, tmp_path, **ENDLESS, tensor_model_parallel_size=2)
-    with pytest.raises(RankFailed) as left:
-        run_ranks(told_to_stop, 2, argv, tmp_path)
-    assert left.value.exit_codes == (75, 75), left.value.traceback
-    check_stopped(tmp_path, data)
 
 
 @pytest.mark.parametrize(

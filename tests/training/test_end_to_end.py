@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from megatron_ds.checkpoint.load import find
+from megatron_ds.training import loop
 from tests.helpers.ranks import RankFailed, run_ranks
 from tests.helpers.recipe import TINY, Outcome, Value, as_rank, environment, free_port, run, tree, words, write_tokens
 from tests.house.source import ROOT
@@ -255,22 +256,24 @@ def check_stopped(out: Path, data: str) -> None:
     assert metrics(out)[-1]["iteration"] == last["iteration"] + 1
 
 
-def told_to_stop(argv: list[str], out: Path) -> str:
-    """Run on every rank: train until rank 1, and only it, gets the signal."""
+def told_to_stop(argv: list[str], out: Path, ahead: int) -> str:
+    """Run on every rank, so many steps ahead: train until rank 1, and only it, gets the signal."""
 
     def send() -> None:
         wait_for_iterations(out, 3)
         os.kill(os.getpid(), signal.SIGTERM)
 
+    loop.steps_ahead = lambda *_: ahead
     if os.environ["RANK"] == "1":
         threading.Thread(target=send, daemon=True).start()
     return as_rank(argv)
 
 
-def test_one_rank_told_to_stop_stops_all(data: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_one_rank_told_to_stop_stops_all(ahead: int, data: str, tmp_path: Path) -> None:
     argv = flags(data, tmp_path, **ENDLESS, tensor_model_parallel_size=2)
     with pytest.raises(RankFailed) as left:
-        run_ranks(told_to_stop, 2, argv, tmp_path)
+        run_ranks(told_to_stop, 2, argv, tmp_path, ahead)
     assert left.value.exit_codes == (75, 75), left.value.traceback
     check_stopped(tmp_path, data)
 
