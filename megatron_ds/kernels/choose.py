@@ -234,14 +234,14 @@ def _compile(device: torch.device) -> Offer:
     if device.type == "cuda" and not installed.triton().usable:
         return Offer(lacks=f"torch.compile needs Triton on GPUs: {installed.triton().why}")
     names = ("layer_norm", "rms_norm", "rope", "softmax", "bias_dropout_add")
-    compiled = {name: partial(torch.compile, REFERENCE[name]) for name in names}
+    compiled = {name: partial(_whole, REFERENCE[name]) for name in names}
     others = _compiled_for_cpu() if device.type == "cpu" else _compiled_for_gpu()
     return Offer({**compiled, **others})
 
 
 def _compiled_for_cpu() -> dict[str, Callable[[], Any]]:
-    gelu_tanh = partial(torch.compile, activation.gelu_tanh_and_slope)
-    add = partial(torch.compile, products.add_flat, dynamic=True)
+    gelu_tanh = partial(_whole, activation.gelu_tanh_and_slope)
+    add = partial(_whole, products.add_flat, dynamic=True)
     return {
         "activations": lambda: {**_compiled_activations(), "gelu_tanh": activation.with_slope(gelu_tanh())},
         "linear": lambda: products.FUSED._replace(add_grad_weight=partial(products.add_product, add=add())),
@@ -252,13 +252,18 @@ def _compiled_for_gpu() -> dict[str, Callable[[], Any]]:
     return {
         "activations": _compiled_activations,
         "cross_entropy": lambda: cross_entropy.CrossEntropy(
-            torch.compile(cross_entropy.statistics), torch.compile(cross_entropy.gradient)
+            _whole(cross_entropy.statistics), _whole(cross_entropy.gradient)
         ),
     }
 
 
 def _compiled_activations() -> dict[str, activation.Activation]:
-    return {name: torch.compile(call) for name, call in activation.REFERENCE.items()}
+    return {name: _whole(call) for name, call in activation.REFERENCE.items()}
+
+
+def _whole(function: Callable[..., Any], dynamic: bool | None = None) -> Any:
+    """Compiled as one graph: what torch cannot compile it would otherwise run uncompiled and say nothing."""
+    return torch.compile(function, fullgraph=True, dynamic=dynamic)
 
 
 def _triton(device: torch.device) -> Offer:

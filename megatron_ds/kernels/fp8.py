@@ -210,4 +210,4 @@ def _maybe_compiled(function: Callable[..., Any], compiles: bool) -> Callable[..
 @lru_cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """One kernel for all shapes, compiled at the first call."""
-    return torch.compile(function, dynamic=True)
+    return torch.compile(function, dynamic=True, fullgraph=True)

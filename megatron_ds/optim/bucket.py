@@ -57,6 +57,11 @@ class Bucket:
         """True where gradients outside the shard are not kept (ZeRO-2)."""
         return self.grads.numel() < self.params.numel()
 
+    @property
+    def autograd_adds(self) -> bool:
+        """True where a parameter's `grad` is its place in the bucket, into which autograd adds by itself."""
+        return self.grads.dtype == self.params.dtype and not self.keeps_shard_only
+
     def main_grad(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """Where the named parameter's gradient is kept."""
         offset = self.offsets[name]
@@ -103,8 +108,10 @@ class Bucket:
             self.pending = [all_reduce_async(self.grads, self.dp)]
 
     def take(self, name: str, grad: torch.Tensor) -> None:
-        """Keep a gradient until the bucket is reduced."""
-        if name in self.arrived:
+        """Add a gradient to what the parameter has."""
+        if not self.keeps_shard_only:
+            self.main_grad(name, tuple(grad.shape)).add_(grad)
+        elif name in self.arrived:
             self.arrived[name] = self.arrived[name].float().add_(grad)
         else:
             self.arrived[name] = grad

@@ -3,9 +3,9 @@
 Note [From autograd gradient to optimizer shard]
     Parameters are views of a bucket's flat buffer, in the reverse order of the forward pass, so that a bucket fills up
     while the backward runs. ZeRO-0 and ZeRO-1: linears and embeddings add the gradients of their weights into the
-    bucket's fp32 view themselves (`accumulate`); into any other autograd adds, for that view is the parameter's `grad`
-    (of 16-bit parameters too, by torch's `grad_dtype`). The first product of a step overwrites, from the second step on
-    when it is known to come: that saves writing and reading zeros. Such a weight gets nothing from autograd.
+    bucket's fp32 view themselves (`accumulate`); any other is added as soon as autograd has it (fp32 parameters:
+    autograd itself adds in place). The first product of a step overwrites, from the second step on when it is known to
+    come: that saves writing and reading zeros. Such a weight gets nothing from autograd.
     In the last backward of a step the buckets are *armed*: one whose gradients are complete starts its reduction over
     dp (and cp) at once. ZeRO-0 sums the whole bucket on every rank; ZeRO-1 leaves each rank the sum of its own shard.
     ZeRO-2 keeps fp32 gradients of the own shard only. There every backward is armed: a bucket whose gradients are
@@ -84,10 +84,10 @@ class Buckets:
         param = nn.Parameter(self.view(name, shape))
         setattr(model.get_submodule(owner), leaf, param)
         self.names[id(param)] = name
-        if not bucket.keeps_shard_only:
-            param.grad_dtype = bucket.grads.dtype
+        if bucket.autograd_adds:
             param.grad = bucket.main_grad(name, shape)
-        if self.overlap:
+        # A `grad` of another dtype than the parameter's (torch's `grad_dtype`) is what torch.compile will not have.
+        if self.overlap or not bucket.autograd_adds:
             param.register_post_accumulate_grad_hook(partial(self._on_grad, name))
 
     def view(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -100,7 +100,7 @@ class Buckets:
         if param.grad is None:  # it comes by `accumulate`
             return
         bucket = self.of[name]
-        if bucket.keeps_shard_only:
+        if not bucket.autograd_adds:
             bucket.take(name, param.grad)
             param.grad = None
         self._has(bucket, name)
