@@ -139,7 +139,7 @@ class _Blocks(torch.autograd.Function):
         queries, kept = others[: len(others) // 2], others[len(others) // 2 :]
         (s, b, _), d, heads = grad.shape, k.shape[-1], ctx.heads
         grad = grad.view(s, b, -1, d)
-        dq, nothing = torch.empty_like(grad), grad.new_empty(())
+        dq, nothing = grad.new_empty(grad.shape), grad.new_empty(())
         places, dk, dv = dq.view(s, b * heads, -1, d), None, None
         blocks = zip(queries, kept, _blocks(s, k.shape[1], ctx.causal), strict=True)
         # The last rows first: they see all columns, so that nothing has to be zeroed for their products. bf16 products

@@ -239,3 +239,15 @@ def test_flex_attention_equals_the_mask(kind: str) -> None:
         found = through(attention)(q, k, v, flex_mask(rule), Pattern(causal, 0.7), 0.0)
         expected = torch_attention(q, k, v, visible(rule), Pattern(causal, 0.7), 0.0)
     assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_gradients_of_any_layout() -> None:
+    """Batch first, as a transposed consumer hands them back, and one number for all."""
+    for upstream in (torch.randn(2, 70, 32).transpose(0, 1), torch.ones(()).expand(70, 2, 32)):
+        found = []
+        for grad in (upstream, upstream.contiguous()):
+            torch.manual_seed(0)
+            leaves = [torch.randn(70, 2, 4, 8, requires_grad=True) for _ in range(3)]
+            out = attention(*leaves, None, Pattern(), 0.0)
+            found.append(torch.autograd.grad(out, leaves, grad))
+        assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
