@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import array
 import contextlib
+import functools
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -34,9 +35,13 @@ class IndexedDatasetBuilder:
         self._bounds = array.array("q", [0])
         self._temporary = [Path(f"{path}.tmp-{os.getpid()}") for path in (bin_path(prefix), idx_path(prefix))]
         check_replaceable(prefix)
+
+    @functools.cached_property
+    def _file(self) -> BinaryIO:
+        # Made on first use, which is within `with`: wherever SIGTERM strikes, what is there is removed.
         try:
-            bin_path(prefix).parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self._temporary[0], "wb")  # noqa: SIM115
+            self._temporary[0].parent.mkdir(parents=True, exist_ok=True)
+            return open(self._temporary[0], "wb")
         except OSError as exc:
             raise DataError("--output-prefix", found=str(exc), expected="a folder that can be written") from exc
 
@@ -117,7 +122,8 @@ class IndexedDatasetBuilder:
 
     def discard(self) -> None:
         """Remove whatever is not finalized."""
-        self._file.close()
+        if "_file" in vars(self):
+            self._file.close()
         for path in self._temporary:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from megatron_ds.data import indexed_builder
 from megatron_ds.data.indexed import IndexedDataset, token_dtype
 from megatron_ds.data.indexed_builder import IndexedDatasetBuilder
 from megatron_ds.errors import DataError
@@ -96,6 +98,20 @@ def test_add_index_concatenates(tmp_path: Path, prefix: str) -> None:
 def test_builder_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="70000"), IndexedDatasetBuilder(str(tmp_path / "a"), np.uint16) as builder:
         builder.add_document([70000], [1])
+    assert not list(tmp_path.iterdir())
+
+
+def test_builder_stopped_while_it_opens_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def struck(*args: Any) -> None:
+        open(*args).close()  # the file is there, and SIGTERM comes before anybody holds it
+        raise SystemExit(143)
+
+    monkeypatch.setattr(indexed_builder, "open", struck, raising=False)
+    with IndexedDatasetBuilder(str(tmp_path / "a"), np.uint16) as builder:
+        assert not list(tmp_path.iterdir())  # nothing before the `with` has begun
+        with pytest.raises(SystemExit):
+            builder.add_document([7], [1])
+        assert list(tmp_path.iterdir())
     assert not list(tmp_path.iterdir())
 
 

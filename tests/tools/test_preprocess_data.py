@@ -164,7 +164,7 @@ def test_bad_line_is_named_and_nothing_is_written(
     assert run("--input", str(tmp_path / "a.jsonl"), "--output-prefix", str(tmp_path / "o" / "out")) == 3
     error = capsys.readouterr().err
     assert error.startswith("error: ") and f"{tmp_path}/a.jsonl:2" in error and said in error
-    assert not list((tmp_path / "o").iterdir())
+    assert not (tmp_path / "o").exists()
 
 
 def test_bad_lines_can_be_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -252,7 +252,7 @@ def test_sigterm_leaves_nothing(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, script, "--input", source, "--output-prefix", f"{tmp_path}/o/out", *NULL]
     )
-    for _ in range(400):
+    for _ in range(1500):
         if any((tmp_path / "o").iterdir()):
             break
         time.sleep(0.02)
