@@ -19,6 +19,8 @@ LONGEST = 512
 """Sequences for which blocks were measured to be faster."""
 LEARNED = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Of torch's backends those that have a gradient of the mask; cuDNN's is chosen without and fails in the backward."""
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class Pattern(NamedTuple):
@@ -42,12 +44,34 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, pattern: Pat
 
     Shapes: q [sq, b, a, d], k and v [sk, b, k, d], mask [b or 1, a or 1, sq, sk] -> [sq, b, a*d]
     """
-    short = 0 < max(q.shape[0], k.shape[0]) <= LONGEST and (q.shape[0] == k.shape[0] or not pattern.causal)
+    return _on_cpu(q, k, v, mask, pattern, dropout, q.dtype)
+
+
+def attention_in_fp32(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, pattern: Pattern, dropout: float) -> Tensor:
+    """The same for processors that multiply fp32 faster than half precision; what is kept is as it came.
+
+    Shapes: as in `attention`
+    """
+    return _on_cpu(q, k, v, mask, pattern, dropout, torch.float32)
+
+
+def _on_cpu(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, pattern: Pattern, dropout: float, multiplied: torch.dtype
+) -> Tensor:
+    """By what is fastest for a case; `multiplied`: the precision in which."""
+    aligned = q.shape[0] == k.shape[0] or not pattern.causal
     fixed = mask is None or not mask.requires_grad
-    if short and fixed and q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float32) and not dropout:
-        out: Tensor = _Blocks.apply(q, k, v, mask, pattern)
-        return out
-    return torch_attention(q, k, v, mask, pattern, dropout)
+    ours = q.device.type == "cpu" and multiplied in (torch.bfloat16, torch.float32) and q.dtype != torch.float64
+    longest = max(q.shape[0], k.shape[0])
+    if not (ours and aligned and fixed and not dropout and longest):
+        return torch_attention(q, k, v, mask, pattern, dropout)
+    if longest <= LONGEST:
+        out: Tensor = _Blocks.apply(q, k, v, mask, pattern, multiplied)
+    elif multiplied != q.dtype:
+        out = _Flash.apply(q, k, v, mask, pattern, multiplied)
+    else:
+        out = torch_attention(q, k, v, mask, pattern, dropout)
+    return out
 
 
 def torch_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, pattern: Pattern, dropout: float) -> Tensor:
@@ -103,19 +127,22 @@ def unfused(softmax: Callable[[Tensor, Tensor | None, float, bool], Tensor]) -> 
 
 
 class _Blocks(torch.autograd.Function):
-    """Blocks of rows against all columns that they see; scores and softmax in fp32, probabilities in q's precision.
+    """Blocks of rows against all columns that they see; scores and softmax in fp32, kept probabilities as q.
 
     The g query heads that share a key head lie under each other, so that nothing is copied for them.
+    `multiplied`: what all other products are made in, q's precision or fp32.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, pattern: Pattern) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, pattern: Pattern, multiplied: torch.dtype
+    ) -> Tensor:
         (s, b, a, d), heads = q.shape, k.shape[2]
         out = q.new_empty(s, b, a * d)
         keys, values = _by_head(k, heads), _by_head(v, heads)
-        columns = keys.float()
+        columns, wide_values = keys.float(), values.to(multiplied)
         scale = 1 / math.sqrt(d) if pattern.scale is None else pattern.scale
-        ctx.causal, ctx.scale, ctx.heads = pattern.causal and mask is None, scale, heads
+        ctx.causal, ctx.scale, ctx.heads, ctx.multiplied = pattern.causal and mask is None, scale, heads, multiplied
         queries, kept, places = [], [], out.view(s, b * heads, a // heads, d)
         later = torch.full((ROWS, ROWS), -torch.inf, device=q.device).triu_(1) if ctx.causal else None
         for first, last, end in _blocks(s, len(k), ctx.causal):
@@ -127,7 +154,7 @@ class _Blocks(torch.autograd.Function):
             elif later is not None:
                 scores.view(b * heads, -1, last - first, end)[..., first:] += later[: last - first, : last - first]
             kept.append(torch.softmax(scores, -1).to(q.dtype))
-            places[first:last] = _by_row(torch.bmm(kept[-1], values[:, :end]), last - first)
+            places[first:last] = _by_row(torch.bmm(kept[-1].to(multiplied), wide_values[:, :end]), last - first)
         # Not q, k and v, which may be parts of one tensor that then lives no longer.
         ctx.save_for_backward(keys, values, *queries, *kept)
         return out
@@ -138,14 +165,15 @@ class _Blocks(torch.autograd.Function):
         k, v, *others = ctx.saved_tensors
         queries, kept = others[: len(others) // 2], others[len(others) // 2 :]
         (s, b, _), d, heads = grad.shape, k.shape[-1], ctx.heads
-        grad = grad.view(s, b, -1, d)
-        dq, nothing = grad.new_empty(grad.shape), grad.new_empty(())
+        grad, multiplied = grad.view(s, b, -1, d), ctx.multiplied
+        k, v = k.to(multiplied), v.to(multiplied)
+        dq, nothing = grad.new_empty(grad.shape), k.new_empty(())
         places, dk, dv = dq.view(s, b * heads, -1, d), None, None
         blocks = zip(queries, kept, _blocks(s, k.shape[1], ctx.causal), strict=True)
         # The last rows first: they see all columns, so that nothing has to be zeroed for their products. bf16 products
         # copy what is not dense, and several times what is also transposed.
         for q, p, (first, last, end) in reversed(list(blocks)):
-            rows = _by_head(grad[first:last], heads)
+            rows, q, p = (t.to(multiplied) for t in (_by_head(grad[first:last], heads), q, p))
             dp = torch.bmm(rows, v[:, :end].contiguous().mT)
             # d(scores) = p * (dp - the row's sum of p * dp)
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
@@ -158,8 +186,46 @@ class _Blocks(torch.autograd.Function):
                 dk[:, :end] += to_keys
                 dv[:, :end] += to_values
         assert dk is not None and dv is not None
-        to_k, to_v = (t.view(b, heads, -1, d).permute(2, 0, 1, 3) for t in (dk, dv))
-        return dq, to_k, to_v, None, None
+        to_k, to_v = (t.to(grad.dtype).view(b, heads, -1, d).permute(2, 0, 1, 3) for t in (dk, dv))
+        return dq, to_k, to_v, None, None, None
+
+
+class _Flash(torch.autograd.Function):
+    """torch's flash attention for CPUs, multiplied in another precision than that of what is kept for the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, pattern: Pattern, multiplied: torch.dtype
+    ) -> Tensor:
+        ctx.causal, ctx.scale, ctx.multiplied = pattern.causal and mask is None, pattern.scale, multiplied
+        if mask is not None and mask.dtype == torch.bool:
+            mask = mask.new_zeros((), dtype=multiplied).masked_fill(~mask, -torch.inf)
+        elif mask is not None:
+            mask = mask.to(multiplied)
+        wide, lse = _flash(*_for_flash(q, k, v, multiplied), 0.0, ctx.causal, attn_mask=mask, scale=ctx.scale)
+        out = wide.permute(2, 0, 1, 3).to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, lse, mask)
+        flat: Tensor = out.flatten(2)
+        return flat
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, mask = ctx.saved_tensors
+        rows, kept = (t.view(q.shape).permute(1, 2, 0, 3).to(ctx.multiplied) for t in (grad, out))
+        wide = _for_flash(q, k, v, ctx.multiplied)
+        grads = _flash_backward(rows, *wide, kept, lse, 0.0, ctx.causal, attn_mask=mask, scale=ctx.scale)
+        dq, dk, dv = (t.permute(2, 0, 1, 3) for t in grads)
+        if k.shape != q.shape:
+            dk, dv = (t.unflatten(2, (k.shape[2], -1)).sum(3) for t in (dk, dv))
+        return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), None, None, None
+
+
+def _for_flash(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """[s, b, a, d] -> [b, a, s, d] of a precision, with a key head for each query head."""
+    q, k, v = (t.permute(1, 2, 0, 3).to(dtype) for t in (q, k, v))
+    shared = q.shape[1] // k.shape[1]
+    return (q, k, v) if shared == 1 else (q, k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1))
 
 
 def _by_head(t: Tensor, heads: int) -> Tensor:

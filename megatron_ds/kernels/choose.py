@@ -136,6 +136,10 @@ def choose(
     choices: dict[str, Choice] = {}
     for operation in OPERATIONS:
         found[operation], choices[operation] = _first(operation, config, offers, device, trial)
+    slow = installed.slow_half(dtype) if device.type == "cpu" else None
+    if slow and choices["linear"].source in ("torch", "compile"):
+        found["linear"] = products.IN_FP32
+        choices["linear"] = choices["linear"]._replace(source=f"torch in fp32 ({slow})")
     head = found["linear"]
     if config.fp8 is not None:
         found["linear"] = _in_fp8(config, head, device)
@@ -143,7 +147,7 @@ def choose(
         choices["linear"] = choices["linear"]._replace(source=source)
     plain, unfused = wanted == "reference", found.pop("softmax")
     mask, attention, source, why = choose_attention(
-        config.attention, plain, device, dtype, attention_dropout, head_size, masks, unfused
+        config.attention, plain, device, dtype, attention_dropout, head_size, masks, unfused, slow
     )
     choices["attention"] = Choice("attention", source, why)
     return Chosen(Kernels(**found, head=head, mask=mask, attention=attention), tuple(choices.values()))

@@ -32,8 +32,11 @@ def choose_attention(
     head_size: int,
     masks: bool,
     softmax: Callable[[Tensor, Tensor | None, float, bool], Tensor],
+    slow: str | None = None,
 ) -> Found:
     """The attention of a device; `plain`: torch's own call, unless another is asked for; `masks`: whether any come.
+
+    slow: why a CPU is not to multiply in `dtype` but in fp32.
 
     Raises: ConfigError if a backend is asked for that the device does not have, or that fails its trial there
     """
@@ -49,12 +52,10 @@ def choose_attention(
     if (asked == "auto" and plain) or (asked == "flash" and device.type == "cpu"):
         return visible, attention.torch_attention, "torch SDPA", ()
     if device.type == "cpu":
-        return (
-            visible,
-            attention.attention,
-            f"blocks of rows up to {attention.LONGEST} positions, torch SDPA beyond",
-            (),
-        )
+        name = f"blocks of rows up to {attention.LONGEST} positions, torch SDPA beyond"
+        if slow:
+            return visible, attention.attention_in_fp32, f"{name}, in fp32 ({slow})", ()
+        return visible, attention.attention, name, ()
     return _on_gpu(asked, device, dtype, dropout, head_size, masks)
 
 

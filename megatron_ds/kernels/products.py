@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -11,6 +11,8 @@ import torch.nn.functional as F
 Tensor = torch.Tensor
 BLOCK = 1024 * 1024
 """Elements of a weight gradient that are added at once on CPUs."""
+WIDENED = 512 * 1024
+"""Elements of a matrix that are copied to fp32 at once: the copy stays in the cache."""
 
 
 class Products(NamedTuple):
@@ -73,6 +75,49 @@ def add_product(
         add(total.view(-1), torch.mm(grad.t(), x).view(-1))
 
 
+def forward_in_fp32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x weight^T + bias of half-precision numbers on a processor that multiplies fp32 faster; rounded at the end."""
+    wide, out = x.float(), x.new_empty(len(x), len(weight))
+    for rows in _pieces(*weight.shape):
+        part = weight[rows].float().t()
+        out[:, rows] = torch.mm(wide, part) if bias is None else torch.addmm(bias[rows].float(), wide, part)
+    return out
+
+
+def grad_input_in_fp32(grad: Tensor, weight: Tensor) -> Tensor:
+    """grad weight, as above."""
+    total = grad.new_zeros(len(grad), weight.shape[1], dtype=torch.float32)
+    for rows in _pieces(*weight.shape):
+        total.addmm_(grad[:, rows].float(), weight[rows].float())
+    return total.to(grad.dtype)
+
+
+def grad_weight_in_fp32(grad: Tensor, x: Tensor) -> Tensor:
+    """grad^T x, as above."""
+    total = x.new_empty(grad.shape[1], x.shape[1])
+    add_product_in_fp32(total, grad, x, 0)
+    return total
+
+
+def add_product_in_fp32(total: Tensor, grad: Tensor, x: Tensor, beta: int) -> None:
+    """Add while multiplying, as above; into an fp32 total nothing is rounded."""
+    wide = x.float()
+    for rows in _pieces(*grad.t().shape):
+        part, to_rows = total[rows], grad[:, rows].float().t()
+        if total.dtype == torch.float32:
+            part.addmm_(to_rows, wide, beta=beta)
+        else:
+            made = torch.mm(to_rows, wide)
+            part.add_(made) if beta else part.copy_(made)
+
+
+def _pieces(rows: int, width: int) -> Iterator[slice]:
+    """Rows of a matrix that are copied at once."""
+    size = max(1, WIDENED // max(1, width))
+    for first in range(0, rows, size):
+        yield slice(first, min(first + size, rows))
+
+
 def add_rows(total: Tensor, ids: Tensor, rows: Tensor) -> None:
     """total[ids[i]] += rows[i], the same sum in every run.
 
@@ -86,3 +131,5 @@ def add_rows(total: Tensor, ids: Tensor, rows: Tensor) -> None:
 
 REFERENCE = Products(F.linear, grad_input, grad_weight, add_after)
 FUSED = Products(F.linear, grad_input, grad_weight, add_product)
+IN_FP32 = Products(forward_in_fp32, grad_input_in_fp32, grad_weight_in_fp32, add_product_in_fp32)
+"""For half precision where installed.slow_half() says so."""

@@ -5,12 +5,23 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-from megatron_ds.kernels.attention import ROWS, Attention, Pattern, attention, by_backends, torch_attention, unfused
+from megatron_ds.kernels import attention as kernel
+from megatron_ds.kernels.attention import (
+    ROWS,
+    Attention,
+    Pattern,
+    attention,
+    attention_in_fp32,
+    by_backends,
+    torch_attention,
+    unfused,
+)
 from megatron_ds.kernels.flex import flex_mask, through
 from megatron_ds.kernels.mask import Rule, alibi_bias, alibi_slopes, relative_buckets, visible, with_bias
 from megatron_ds.kernels.softmax import softmax
@@ -103,8 +114,20 @@ def test_masks_and_scales_equal_the_definition(kind: str, dtype: torch.dtype) ->
         assert (ours - expected).norm() / expected.norm() < limit
 
 
+def flash_in_fp32(*arguments: Any) -> torch.Tensor:
+    """What sequences get that are longer than blocks serve."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(kernel, "LONGEST", 0)
+        out = attention_in_fp32(*arguments)
+    if arguments[0].dtype != torch.float32:
+        assert "Flash" in type(out.grad_fn).__name__
+    return out
+
+
 ATTENTIONS: dict[str, Attention] = {
     "blocks": attention,
+    "blocks in fp32": attention_in_fp32,
+    "flash in fp32": flash_in_fp32,
     "torch": torch_attention,
     "unfused": unfused(softmax),
     "by backends": by_backends([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]),

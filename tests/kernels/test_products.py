@@ -6,20 +6,23 @@ import pytest
 import torch
 
 from megatron_ds.kernels import products as kernel
-from megatron_ds.kernels.products import FUSED, REFERENCE, Products, add_rows
+from megatron_ds.kernels.products import FUSED, IN_FP32, REFERENCE, Products, add_rows
 from tests.kernels.exact import DTYPES, near, normal
 
 Tensor = torch.Tensor
-BOTH = pytest.mark.parametrize("products", [REFERENCE, FUSED], ids=["reference", "fused"])
+ALL = pytest.mark.parametrize("products", [REFERENCE, FUSED, IN_FP32], ids=["reference", "fused", "in fp32"])
 SHAPES = [(1, 1, 1), (7, 1, 513), (33, 48, 7), (0, 3, 2)]
 """n, i, o"""
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("turned", [False, True], ids=["whole", "transposed"])
-def test_the_three_products(products: Products, shape: tuple[int, ...], turned: bool, dtype: torch.dtype) -> None:
+def test_the_three_products(
+    products: Products, shape: tuple[int, ...], turned: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel, "WIDENED", 100)
     n, i, o = shape
 
     def made(rows: int, width: int) -> Tensor:
@@ -40,7 +43,7 @@ def test_the_three_products(products: Products, shape: tuple[int, ...], turned: 
         near(name, found, expected, 16 if dtype == torch.float32 else 2, eps)
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("total_dtype", [torch.float32, None], ids=["fp32 total", "same total"])
 @pytest.mark.parametrize("beta", [0, 1])
@@ -49,6 +52,7 @@ def test_weight_gradients_add_up_in_place(
 ) -> None:
     """beta: of the first of three products."""
     monkeypatch.setattr(kernel, "BLOCK", 100)
+    monkeypatch.setattr(kernel, "WIDENED", 100)
     total_dtype = total_dtype or dtype
     for n, i, o in SHAPES:
         buffer = normal(2 * o, i).to(total_dtype)
