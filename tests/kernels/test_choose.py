@@ -11,7 +11,7 @@ import torch
 
 from megatron_ds.config import parse
 from megatron_ds.errors import EXIT_CONFIG, ConfigError
-from megatron_ds.kernels import activation, attention, choose, flex, installed, liger
+from megatron_ds.kernels import activation, attention, choose, flex, installed, liger, products
 from megatron_ds.kernels.choose import OPERATIONS, REFERENCE, Choice, Chosen, Offer
 from megatron_ds.kernels.config import KernelConfig
 from megatron_ds.kernels.installed import Package
@@ -250,7 +250,23 @@ def test_a_run_says_how_wide_it_is_and_whether_it_has_masks(
     assert sizes == {48} and asked[0][5:7] == (12, masks)
 
 
-def test_fp8_wraps_linear_layers_and_not_the_head() -> None:
+@pytest.mark.parametrize("wanted", ["auto", "compile", "reference"])
+def test_a_cpu_that_is_slow_in_half_precision_multiplies_in_fp32(wanted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installed, "compiler", lambda: "g++")
+    monkeypatch.setattr(installed, "slow_half", lambda dtype: "slow" if dtype == torch.bfloat16 else None)
+    chosen = choose.choose(KernelConfig(kernels=wanted), CPU, torch.bfloat16)
+    kernels, plain = chosen.kernels, wanted == "reference"
+    assert (kernels.linear is products.IN_FP32) == (kernels.head is products.IN_FP32) == (not plain)
+    assert (kernels.attention is attention.attention_in_fp32) == (not plain)
+    assert [name for name, source in sources(chosen).items() if "in fp32 (slow)" in source] == (
+        [] if plain else ["linear", "attention"]
+    )
+    for other in (torch.float32, torch.float16):
+        assert choose.choose(KernelConfig(), CPU, other).kernels == Kernels()
+
+
+def test_fp8_wraps_linear_layers_and_not_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installed, "slow_half", lambda dtype: None)
     chosen = choose.choose(KernelConfig(fp8_format="hybrid", fp8_recipe="rowwise"), CPU, torch.bfloat16)
     assert chosen.kernels.head == Kernels().head
     assert chosen.kernels.linear != chosen.kernels.head
@@ -258,8 +274,8 @@ def test_fp8_wraps_linear_layers_and_not_the_head() -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(32, 64).bfloat16(), torch.randn(48, 64).bfloat16()
     exact = x.double() @ weight.double().t()
-    for products, least, most in ((chosen.kernels.linear, 0.01, 0.1), (chosen.kernels.head, 0.0, 0.005)):
-        error = (products.forward(x, weight, None).double() - exact).norm() / exact.norm()
+    for made, least, most in ((chosen.kernels.linear, 0.01, 0.1), (chosen.kernels.head, 0.0, 0.005)):
+        error = (made.forward(x, weight, None).double() - exact).norm() / exact.norm()
         assert least <= error < most
 
 

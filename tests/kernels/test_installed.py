@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_ds.kernels import installed
 from megatron_ds.kernels.installed import trouble
@@ -30,6 +31,36 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         if name.split(".")[0] in MADE_UP:
             del sys.modules[name]
     trouble.cache_clear()
+
+
+INTEL, AMD = "GenuineIntel", "AuthenticAMD"
+
+
+@pytest.mark.parametrize(
+    ("vendor", "flags", "slow"),
+    [
+        (INTEL, "avx2", {torch.bfloat16, torch.float16}),
+        (INTEL, "avx512f avx512_bf16 avx512_fp16", {torch.bfloat16}),
+        (INTEL, "avx512_bf16 avx512_fp16 amx_tile amx_bf16", set()),
+        (AMD, "avx2 f16c", {torch.bfloat16, torch.float16}),
+        (AMD, "avx512f avx512_bf16", {torch.float16}),
+        ("", "", {torch.bfloat16, torch.float16}),
+    ],
+)
+def test_which_precisions_a_processor_multiplies_slowly(
+    vendor: str, flags: str, slow: set[torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(installed, "_processor", lambda: (vendor, frozenset(flags.split())))
+    for machine, expected in (("x86_64", slow), ("aarch64", set())):
+        monkeypatch.setattr(installed.platform, "machine", lambda machine=machine: machine)
+        found = {dtype for dtype in (torch.float32, torch.bfloat16, torch.float16) if installed.slow_half(dtype)}
+        assert found == expected
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="no /proc")
+def test_the_processor_is_read() -> None:
+    vendor, flags = installed._processor()
+    assert ("sse2" in flags and vendor in (INTEL, AMD)) == (installed.platform.machine() == "x86_64")
 
 
 def write(site: Path, name: str, text: str = "", version: str | None = None) -> None:
