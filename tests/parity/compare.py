@@ -52,6 +52,8 @@ STEADY = Optimizer(warmup=False, eps=1e-4)
 """Adam divides by the root of the mean square, so with its usual epsilon of 1e-8 an element whose gradient is smaller
 than fp32's rounding of the others moves as far as any: after a step the oracle in fp32 is 2e-5 from itself in fp64.
 With 1e-4 it stays within 3e-6, and 1e-5 can be asked of every gradient."""
+CANCELLING = ("binary_head.bias",)
+"""The sum of eight samples' errors of 0.5, which may be 0.003: there the oracle in fp32 is 8e-6 off itself."""
 STEADY_FLAGS = ["--lr-decay-style", "constant", "--lr-warmup-iters", "0", "--adam-eps", "1e-4"]
 
 
@@ -117,7 +119,8 @@ def mismatches(
         assert gathered.keys() == expected.gradients[step].keys()
         for name, true_gradient in expected.gradients[step].items():
             error = ((gathered[name] / clip - true_gradient).abs().max() / true_gradient.abs().max()).item()
-            out += [Mismatch(step, f"gradient of {name}", error)] if not error <= gradient else []
+            limit = gradient * (3 if name in CANCELLING else 1)
+            out += [Mismatch(step, f"gradient of {name}", error)] if not error <= limit else []
     return out
 
 
