@@ -56,7 +56,7 @@ def best_matmul(device: str = "cpu", seconds: float = 2.0, shapes: tuple[Shape, 
 
 
 def best_gflops(found: dict[str, Any], dtype: str) -> float:
-    """The fastest product of a precision's numbers: those of bf16 may be multiplied in fp32 too, which holds them all."""
+    """The fastest product of a precision's numbers; those of bf16 may be multiplied in fp32 too, which holds all."""
     allowed = ("bf16", "fp32") if dtype == "bf16" else (dtype,)
     return max(float(found[name]["best_gflops"]) for name in allowed if name in found)
 
