@@ -55,6 +55,12 @@ def best_matmul(device: str = "cpu", seconds: float = 2.0, shapes: tuple[Shape, 
     return result
 
 
+def best_gflops(found: dict[str, Any], dtype: str) -> float:
+    """The fastest product of a precision's numbers; those of bf16 may be multiplied in fp32 too, which holds all."""
+    allowed = ("bf16", "fp32") if dtype == "bf16" else (dtype,)
+    return max(float(found[name]["best_gflops"]) for name in allowed if name in found)
+
+
 def limits(device: str = "cpu", seconds: float = 2.0) -> dict[str, Any]:
     """What no program can beat: the fastest products and the fastest copy."""
     return {"best_matmul": best_matmul(device, seconds), "copy_gb_per_s": round(best_copy(device, seconds), 1)}

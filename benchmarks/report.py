@@ -19,6 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.machine import best_gflops
 from benchmarks.roofline import Dot, draw
 
 HOME = Path(__file__).resolve().parents[1]
@@ -136,11 +137,19 @@ KINDS = {
 }
 
 
-def dots(rows: list[Row], dtype: str, device: str, threads: int) -> Iterator[Dot]:
+def drawn(rows: list[Row], dtype: str, device: str, threads: int) -> list[Row]:
+    """Rows for a picture: those with roofs, of the machine that was measured last."""
+    fitting = [
+        row for row in rows
+        if "copy_gb_per_s" in row and row.get("dtype") == dtype
+        and row.get("device", "cpu") == device and row.get("threads") == threads
+    ]  # fmt: skip
+    return [row for row in fitting if hardware(row) == hardware(fitting[-1])]
+
+
+def dots(rows: list[Row]) -> Iterator[Dot]:
     """Of each operation and step, what ours reaches at best, and the best of the others."""
     for row in rows:
-        if row["dtype"] != dtype or row.get("device", "cpu") != device or row.get("threads") != threads:
-            continue
         if row["benchmark"] == "kernels":
             seconds = {n: side["forward_us"] / 1e6 for n, side in row["sides"].items() if "forward_us" in side}
             rates = {name: row["flops"] / t / 1e9 for name, t in seconds.items()}
@@ -161,17 +170,10 @@ def _pair(name: str, intensity: float, rates: dict[str, float]) -> Iterator[Dot]
         yield Dot(name, intensity, max(ours), max(others, default=None))
 
 
-def roofs(rows: list[Row], dtype: str, device: str, threads: int) -> tuple[float, float] | None:
-    """GFLOP/s of the best product and GB/s of the best copy that rows of this kind saw."""
-    fitting = [
-        row for row in rows
-        if row["dtype"] == dtype and row.get("device", "cpu") == device and row.get("threads") == threads
-        and "copy_gb_per_s" in row
-    ]  # fmt: skip
-    if not fitting:
-        return None
-    best = max(row["best_matmul"][dtype]["best_gflops"] for row in fitting)
-    return best, max(row["copy_gb_per_s"] for row in fitting)
+def roofs(rows: list[Row], dtype: str) -> tuple[float, float]:
+    """GFLOP/s of the best product and GB/s of the best copy that the rows saw."""
+    best = max(best_gflops(row["best_matmul"], dtype) for row in rows)
+    return best, max(row["copy_gb_per_s"] for row in rows)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -186,15 +188,16 @@ def main(argv: list[str] | None = None) -> int:
     rows = latest(options.files or sorted((HOME / "benchmarks" / "results").glob("*.jsonl")))
     print(markdown(rows))
     shown = options.dtype, options.device, options.threads
-    limits, found = roofs([row for row in rows if "dtype" in row], *shown), None
-    if limits:
-        chosen = [row for row in rows if "dtype" in row and "copy_gb_per_s" in row]
-        found = list(dots(chosen, *shown))
-        where = hardware(chosen[-1])
-        title = f"{where}: {options.dtype}" + (f", {options.threads} thread" if options.device == "cpu" else "")
-        options.svg.write_text(draw(found, *limits, title + "s" * (options.device == "cpu" and options.threads > 1)))
-    said = f"{options.svg}: {len(found)} dots" if found else f"no rows with roofs for {shown}: {options.svg} left alone"
-    print(said, file=sys.stderr)
+    chosen = drawn(rows, *shown)
+    if chosen:
+        found = list(dots(chosen))
+        title = f"{hardware(chosen[-1])}: {options.dtype}"
+        if options.device == "cpu":
+            title += f", {options.threads} thread{'s' * (options.threads > 1)}"
+        options.svg.write_text(draw(found, *roofs(chosen, options.dtype), title))
+        print(f"{options.svg}: {len(found)} dots", file=sys.stderr)
+    else:
+        print(f"no rows with roofs for {shown}: {options.svg} left alone", file=sys.stderr)
     return 0
 
 

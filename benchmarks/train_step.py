@@ -251,7 +251,7 @@ def _with_shares(row: dict[str, Any], device: str, threads: int) -> dict[str, An
 
     torch.set_num_threads(threads)
     limits = machine.limits(device)
-    best = limits["best_matmul"][row["dtype"]]["best_gflops"]
+    best = machine.best_gflops(limits["best_matmul"], row["dtype"])
     for side in row["sides"].values():
         if "failed" not in side:
             side["matmul_share"] = round(side["tokens_per_s"] * row["flops_per_token"] / 1e9 / best, 3)

@@ -63,6 +63,18 @@ def test_picture(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "best product 100 GFLOP/s" in words and "best copy 10.0 GB/s" in words and "step of tiny" in words
 
 
+def test_a_picture_is_of_one_machine_with_the_best_product_of_any_precision_that_will_do(tmp_path: Path) -> None:
+    limits = {"bf16": {"best_gflops": 50.0}, "fp32": {"best_gflops": 80.0}}
+    other = {"machine": {**ABOUT["machine"], "cpu": "Y"}, "best_matmul": limits, "copy_gb_per_s": 7.0}
+    path, picture = tmp_path / "rows.jsonl", tmp_path / "roofline.svg"
+    path.write_text("\n".join(map(json.dumps, (step(111.0), kernel("norm"), step(222.0, **other)))))
+    assert report.main([str(path), "--svg", str(picture)]) == 0
+    words = "".join(ET.parse(picture).getroot().itertext())
+    assert "of Y, 2 cores" in words and "norm" not in words
+    assert "best product 80 GFLOP/s" in words and "best copy 7.0 GB/s" in words
+    assert machine.best_gflops(limits, "fp32") == 80.0 and machine.best_gflops({"bf16": limits["bf16"]}, "bf16") == 50.0
+
+
 def test_without_roofs_there_is_no_picture(tmp_path: Path) -> None:
     path, picture = tmp_path / "rows.jsonl", tmp_path / "roofline.svg"
     path.write_text(json.dumps({k: v for k, v in step(1.0).items() if k != "copy_gb_per_s"}))
