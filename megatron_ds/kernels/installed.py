@@ -28,7 +28,7 @@ APEX_MODULES = (
 
 
 FAST_HALF = {torch.bfloat16: ("amx_bf16", "avx512_bf16"), torch.float16: ("amx_fp16", "avx512_fp16")}
-"""Instructions of x86 processors that multiply half precision at least as fast as fp32."""
+"""Instructions of x86 processors that multiply half precision about as fast as fp32, or faster."""
 
 
 class Package(NamedTuple):
@@ -63,8 +63,8 @@ def trouble(module: str) -> str | None:
 def slow_half(dtype: torch.dtype) -> str | None:
     """Why this processor multiplies numbers of a precision more slowly than the same numbers in fp32; None if not.
 
-    Measured with torch 2.13, GFLOP/s of a thread in bf16 and fp32: a Xeon with neither AMX nor AVX512-BF16 33 and 158,
-    with AVX2 alone 10 and 68, with AVX512-BF16 100 and 190, for Intel's dot products have half the rate of AMD's.
+    Measured with torch 2.13, GFLOP/s of a thread in bf16 and fp32: a Xeon with AVX512-BF16 but no AMX 103 and 199, for
+    Intel's dot products have half the rate of AMD's; without AVX512-BF16 36 and 193; with AVX2 alone 14 and 95.
     """
     wanted = FAST_HALF.get(dtype)
     if wanted is None or platform.machine() not in ("x86_64", "AMD64"):
