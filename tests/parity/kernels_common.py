@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 
 from megatron_ds.config import parse
+from megatron_ds.kernels import installed
 from megatron_ds.training.run import chosen_kernels
 from tests.helpers.ranks import run_ranks
 from tests.parity.compare import STEADY, STEADY_FLAGS, initial, mismatches, reference
@@ -40,16 +42,37 @@ def sources(flags: str) -> dict[str, str]:
     return {choice.operation: choice.source for choice in chosen_kernels(config, torch.device("cpu")).choices}
 
 
-def equals_the_oracle(layout: AnyLayout, flags: str, *, steps: int = 3, layers: int | None = None) -> None:
+def on_a_cpu(slow: bool, work: Callable[..., Share], *arguments: Any) -> Share:
+    """Run on every rank: as on a CPU that multiplies the model's precision more slowly than fp32, or as on another."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(installed, "slow_half", lambda dtype: "slow" if slow else None)
+        return work(*arguments)
+
+
+def equals_the_oracle(
+    layout: AnyLayout,
+    flags: str,
+    *,
+    steps: int = 3,
+    layers: int | None = None,
+    work: Callable[..., Share] = train,
+) -> None:
     """In fp32: losses, norms and every gradient of each step; `layers`: of the model, if not those of the layout."""
-    shares, expected = _both(train, layout, flags, steps, layers)
+    shares, expected = _both(work, layout, flags, steps, layers)
     found = mismatches(shares, expected, loss=1e-5, norm=1e-5, gradient=1e-5)
     assert not found, "\n".join(map(str, found))
 
 
-def stays_near_the_oracle(layout: AnyLayout, flags: str, *, steps: int = 3, layers: int | None = None) -> None:
+def stays_near_the_oracle(
+    layout: AnyLayout,
+    flags: str,
+    *,
+    steps: int = 3,
+    layers: int | None = None,
+    work: Callable[..., Share] = train_without_gradients,
+) -> None:
     """In bf16: losses and norms of each step, as near as those of the other runs in half precision."""
-    shares, expected = _both(train_without_gradients, layout, f"{flags} --bf16", steps, layers)
+    shares, expected = _both(work, layout, f"{flags} --bf16", steps, layers)
     errors = (torch.tensor(shares[0].history).double() / torch.tensor(expected.history).double() - 1).abs()
     assert errors[:, :-1].max() < 2e-2, "loss"
     assert errors[:, -1].max() < 6e-2, "gradient norm"

@@ -9,6 +9,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +19,18 @@ from megatron_ds.kernels import installed
 from megatron_ds.kernels.choose import OPERATIONS
 from megatron_ds.kernels.config import KernelConfig
 from tests.house.source import ROOT
+from tests.parity.harness import train, train_without_gradients
 from tests.parity.kernels_common import (
+    BERT,
     LAYOUTS,
     SEQUENCE_PARALLEL,
     SOLO,
     SOLO_LLAMA,
     TIED_ENDS,
+    ZERO_2,
     AnyLayout,
     equals_the_oracle,
+    on_a_cpu,
     sources,
     stays_near_the_oracle,
 )
@@ -70,6 +75,18 @@ def test_three_steps_equal_the_oracle(layout: AnyLayout, flags: str) -> None:
 @pytest.mark.parametrize("layout", [SEQUENCE_PARALLEL, TIED_ENDS], ids=str)
 def test_bf16_stays_near_the_oracle(layout: AnyLayout, flags: str) -> None:
     stays_near_the_oracle(layout, flags)
+
+
+@pytest.mark.parametrize("layout", [SEQUENCE_PARALLEL, ZERO_2, BERT], ids=str)
+def test_products_of_a_slow_cpu_equal_the_oracle(layout: AnyLayout) -> None:
+    """In fp32, where they round as any others do."""
+    equals_the_oracle(layout, "", work=partial(on_a_cpu, True, train))
+
+
+@pytest.mark.parametrize("slow", [True, False], ids=["slow", "fast"])
+@pytest.mark.parametrize("layout", [SEQUENCE_PARALLEL, TIED_ENDS], ids=str)
+def test_bf16_stays_near_the_oracle_on_any_cpu(layout: AnyLayout, slow: bool) -> None:
+    stays_near_the_oracle(layout, "", work=partial(on_a_cpu, slow, train_without_gradients))
 
 
 @pytest.mark.slow
