@@ -52,10 +52,10 @@ def choose_attention(
     if (asked == "auto" and plain) or (asked == "flash" and device.type == "cpu"):
         return visible, attention.torch_attention, "torch SDPA", ()
     if device.type == "cpu":
+        call = attention.attention_in_fp32 if slow else attention.attention
         name = f"blocks of rows up to {attention.LONGEST} positions, torch SDPA beyond"
-        if slow:
-            return visible, attention.attention_in_fp32, f"{name}, in fp32 ({slow})", ()
-        return visible, attention.attention, name, ()
+        name += f", in fp32 ({slow})" if slow else ""
+        return visible, call, f"torch SDPA with dropout; without, {name}" if dropout else name, ()
     return _on_gpu(asked, device, dtype, dropout, head_size, masks)
 
 

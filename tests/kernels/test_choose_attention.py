@@ -30,8 +30,9 @@ def choose(
     dropout: float = 0.0,
     head_size: int = 128,
     masks: bool = True,
+    slow: str | None = None,
 ) -> Found:
-    return choose_attention.choose_attention(asked, plain, device, dtype, dropout, head_size, masks, softmax)
+    return choose_attention.choose_attention(asked, plain, device, dtype, dropout, head_size, masks, softmax, slow)
 
 
 class Gpu:
@@ -92,6 +93,14 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
 )
 def test_on_a_cpu(asked: AttentionBackend, plain: bool, call: Any, source: str) -> None:
     assert choose(asked, plain) == (visible, call, source, ())
+
+
+def test_on_a_cpu_with_dropout_and_in_fp32() -> None:
+    """Blocks serve a validation; in fp32 where half precision is slow."""
+    mask, call, source, why = choose(dropout=0.1, slow="slow")
+    assert (mask, call, why) == (visible, attention.attention_in_fp32, ())
+    assert source.startswith("torch SDPA with dropout; without, blocks of rows") and source.endswith("in fp32 (slow)")
+    assert choose(slow="slow")[2].startswith("blocks of rows")
 
 
 @pytest.mark.parametrize("asked", ["unfused", "local"])
