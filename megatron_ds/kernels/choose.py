@@ -136,16 +136,16 @@ def choose(
     choices: dict[str, Choice] = {}
     for operation in OPERATIONS:
         found[operation], choices[operation] = _first(operation, config, offers, device, trial)
-    source = choices["linear"].source
+    served = choices["linear"]
     slow = installed.slow_half(dtype) if device.type == "cpu" else None
-    if slow and source in ("torch", "compile"):
+    if slow and served.source in ("torch", "compile"):
         found["linear"] = products.IN_FP32
-        choices["linear"] = choices["linear"]._replace(source=f"torch in fp32 ({slow})")
+        choices["linear"] = Choice("linear", "torch in fp32", (*served.why, slow))
     head = found["linear"]
     if config.fp8 is not None:
         found["linear"] = _in_fp8(config, head, device)
-        in_fp8 = f"{source} in FP8 ({config.fp8}, {config.fp8_recipe})"
-        choices["linear"] = choices["linear"]._replace(source=in_fp8)
+        source = f"{served.source} in FP8 ({config.fp8}, {config.fp8_recipe})"
+        choices["linear"] = served._replace(source=source)
     plain, unfused = wanted == "reference", found.pop("softmax")
     mask, attention, source, why = choose_attention(
         config.attention, plain, device, dtype, attention_dropout, head_size, masks, unfused, slow

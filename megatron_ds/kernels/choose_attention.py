@@ -54,8 +54,9 @@ def choose_attention(
     if device.type == "cpu":
         call = attention.attention_in_fp32 if slow else attention.attention
         name = f"blocks of rows up to {attention.LONGEST} positions, torch SDPA beyond"
-        name += f", in fp32 ({slow})" if slow else ""
-        return visible, call, f"torch SDPA with dropout; without, {name}" if dropout else name, ()
+        name += ", in fp32" if slow else ""
+        said = f"torch SDPA with dropout; without, {name}" if dropout else name
+        return visible, call, said, (slow,) if slow else ()
     return _on_gpu(asked, device, dtype, dropout, head_size, masks)
 
 

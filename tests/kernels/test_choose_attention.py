@@ -98,8 +98,8 @@ def test_on_a_cpu(asked: AttentionBackend, plain: bool, call: Any, source: str) 
 def test_on_a_cpu_with_dropout_and_in_fp32() -> None:
     """Blocks serve a validation; in fp32 where half precision is slow."""
     mask, call, source, why = choose(dropout=0.1, slow="slow")
-    assert (mask, call, why) == (visible, attention.attention_in_fp32, ())
-    assert source.startswith("torch SDPA with dropout; without, blocks of rows") and source.endswith("in fp32 (slow)")
+    assert (mask, call, why) == (visible, attention.attention_in_fp32, ("slow",))
+    assert source.startswith("torch SDPA with dropout; without, blocks of rows") and source.endswith(", in fp32")
     assert choose(slow="slow")[2].startswith("blocks of rows")
 
 
